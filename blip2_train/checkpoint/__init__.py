@@ -1,0 +1,1 @@
+"""Files of weights: ours, the reference's, BERT's."""

@@ -1,0 +1,1 @@
+"""Shards, order, samples and batches."""

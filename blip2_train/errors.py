@@ -1,0 +1,9 @@
+"""The one exception that every command answers with a sentence instead of a traceback."""
+
+
+class UserError(ValueError):
+    """Something the user gave is wrong: the message names it and says what to do.
+
+    Entry points print it as one line and exit with code 2; anything else is a bug and keeps its
+    traceback.
+    """
