@@ -1,0 +1,212 @@
+"""Everything that talks to other ranks; works unchanged without a process group.
+
+Functions take the `World` they act in: `World()` is this process alone, `current_world()` is what
+the launcher started. Row r of rank k is global row k * B + r.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class World:
+    """Ranks that work on one batch.
+
+    Attributes:
+        rank: of this process.
+        size: number of processes.
+    """
+
+    rank: int = 0
+    size: int = 1
+
+
+def current_world() -> World:
+    """All processes of the default group, or this one alone."""
+    if dist.is_available() and dist.is_initialized():
+        return World(dist.get_rank(), dist.get_world_size())
+    return World()
+
+
+def all_gather(tensor: Tensor, world: World) -> Tensor:
+    """[B, ...] of every rank -> [size * B, ...] in rank order, without gradient.
+
+    All ranks must pass the same shape and dtype.
+    """
+    if world.size == 1:
+        return tensor.detach()
+    tensor = tensor.detach().contiguous()
+    gathered = tensor.new_empty((world.size * tensor.shape[0], *tensor.shape[1:]))
+    dist.all_gather_into_tensor(gathered, tensor)
+    return gathered
+
+
+def all_gather_with_grad(tensor: Tensor, world: World) -> Tensor:
+    """As `all_gather`; the backward sums what every rank's loss sends to this rank's rows."""
+    if world.size == 1:
+        return tensor
+    return _AllGather.apply(tensor, world)
+
+
+class _AllGather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, world: World) -> Tensor:
+        ctx.world = world
+        return all_gather(tensor, world)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        # gloo has no reduce-scatter for every dtype; the features are small (B x Q x E)
+        grad = grad.contiguous()
+        dist.all_reduce(grad)
+        return grad.chunk(ctx.world.size)[ctx.world.rank], None
+
+
+def all_reduce_sum(tensor: Tensor, world: World) -> Tensor:
+    """Sum over ranks, without gradient; the input is left alone."""
+    if world.size == 1:
+        return tensor.detach()
+    total = tensor.detach().clone()
+    dist.all_reduce(total)
+    return total
+
+
+def broadcast_object(value: Any, world: World) -> Any:
+    """Rank 0's plain Python value, on every rank."""
+    if world.size == 1:
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+def gather_objects(value: Any, world: World) -> list[Any]:
+    """Every rank's plain Python value, in rank order, on every rank."""
+    if world.size == 1:
+        return [value]
+    values: list[Any] = [None] * world.size
+    dist.all_gather_object(values, value)
+    return values
+
+
+# -- rows that live on other ranks -----------------------------------------------------------------
+
+
+@dataclass
+class RowRequest:
+    """Rows of the global batch that each rank wants, on their way to the host.
+
+    Reading them takes the one host synchronisation of a step with several ranks, so it is split:
+    `request_rows` starts the copy, other work is queued, `fetch_rows` waits for it.
+
+    Attributes:
+        wanted: int64 [size, R] on the host: row numbers that every rank asked for.
+        rows_per_rank: B.
+        world: the ranks.
+        copied: CUDA event of the copy, None on CPU.
+    """
+
+    wanted: Tensor
+    rows_per_rank: int
+    world: World
+    copied: Any = None
+
+
+def request_rows(index: Tensor, rows_per_rank: int, world: World) -> RowRequest:
+    """Tells every rank which global rows this one wants.
+
+    Args:
+        index: int64 [R] global row numbers, repetitions allowed; R is the same on all ranks.
+        rows_per_rank: B, rows that each rank owns.
+        world: the ranks.
+    """
+    wanted = all_gather(index[None], world)
+    if not wanted.is_cuda:
+        return RowRequest(wanted, rows_per_rank, world)
+    host = torch.empty(wanted.shape, dtype=wanted.dtype, pin_memory=True)
+    host.copy_(wanted, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
+    return RowRequest(host, rows_per_rank, world, copied)
+
+
+def fetch_rows(rows: Tensor, request: RowRequest) -> tuple[Tensor, Tensor]:
+    """Gets the requested rows, each only once, by all-to-all.
+
+    Args:
+        rows: [B, ...] of this rank; the gradient flows back to them if they require one.
+        request: from `request_rows`, made by all ranks.
+
+    Returns:
+        fetched [U, ...], the distinct rows that this rank wanted, and position int64 [R] so that
+        `fetched[position]` are the rows in the order of the request.
+    """
+    if request.copied is not None:
+        request.copied.synchronize()
+    plan = plan_exchange(request.wanted, request.rows_per_rank, request.world)
+    return _ExchangeRows.apply(rows, plan), plan.position.to(rows.device, non_blocking=True)
+
+
+@dataclass(frozen=True)
+class ExchangePlan:
+    """Who sends what to whom.
+
+    Attributes:
+        send_rows: int64, own rows in the order of the ranks that get them.
+        send_counts: rows to each rank.
+        receive_counts: rows from each rank.
+        position: int64 [R], where in the received rows each wanted row stands.
+    """
+
+    send_rows: Tensor
+    send_counts: list[int]
+    receive_counts: list[int]
+    position: Tensor = field(repr=False)
+
+
+def plan_exchange(wanted: Tensor, rows_per_rank: int, world: World) -> ExchangePlan:
+    """Plans an all-to-all from what every rank wants, the same way on every rank.
+
+    Args:
+        wanted: int64 [size, R] on the host, global row numbers.
+        rows_per_rank: rows that each rank owns (B).
+        world: the ranks.
+    """
+    distinct = [row.unique() for row in wanted]  # sorted, so grouped by owner
+    first = world.rank * rows_per_rank
+    send = [d[(d >= first) & (d < first + rows_per_rank)] - first for d in distinct]
+    own = distinct[world.rank]
+    return ExchangePlan(
+        send_rows=torch.cat(send),
+        send_counts=[len(s) for s in send],
+        receive_counts=torch.bincount(own // rows_per_rank, minlength=world.size).tolist(),
+        position=torch.searchsorted(own, wanted[world.rank]),
+    )
+
+
+class _ExchangeRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, plan: ExchangePlan) -> Tensor:
+        ctx.plan, ctx.shape = plan, rows.shape
+        ctx.send_rows = plan.send_rows.to(rows.device, non_blocking=True)
+        return _all_to_all(
+            rows.index_select(0, ctx.send_rows), plan.send_counts, plan.receive_counts
+        )
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        plan: ExchangePlan = ctx.plan
+        returned = _all_to_all(grad.contiguous(), plan.receive_counts, plan.send_counts)
+        return grad.new_zeros(ctx.shape).index_add_(0, ctx.send_rows, returned), None
+
+
+def _all_to_all(rows: Tensor, send_counts: list[int], receive_counts: list[int]) -> Tensor:
+    if len(send_counts) == 1:
+        return rows
+    received = rows.new_empty((sum(receive_counts), *rows.shape[1:]))
+    dist.all_to_all_single(received, rows, receive_counts, send_counts)
+    return received

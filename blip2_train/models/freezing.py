@@ -1,0 +1,82 @@
+"""What is trained and what is not: one place that freezes, one table that shows it."""
+
+from collections.abc import Callable, Iterable
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+
+class Frozen(nn.Module):
+    """Base of modules that never learn: no gradient, and eval mode whatever `.train()` says.
+
+    A frozen tower in training mode would drop paths and activations at random; Lightning and
+    every ordinary loop call `.train()` on the whole model.
+    """
+
+    def freeze(self) -> Self:
+        """Turns gradients off and the eval mode on."""
+        self.requires_grad_(False)
+        return self.eval()
+
+    def train(self, mode: bool = True) -> Self:
+        """Stays in eval mode."""
+        return super().train(False)
+
+
+def freeze_unreached(model: nn.Module, loss: Callable[[], Tensor]) -> list[str]:
+    """Freezes every trainable parameter that the loss does not reach.
+
+    DDP waits for a gradient of each trainable parameter; with a loss turned off some never get one
+    (captioning alone leaves the last block's query feed-forward without). One backward of a tiny
+    batch finds them; gradients are cleared afterwards.
+
+    Args:
+        model: the model; its `requires_grad` flags are changed.
+        loss: computes the total loss of a tiny batch.
+
+    Returns:
+        Names of the parameters that were frozen here.
+    """
+    model.zero_grad(set_to_none=True)
+    loss().backward()
+    unreached = [
+        name for name, p in model.named_parameters() if p.requires_grad and p.grad is None
+    ]
+    for name, parameter in model.named_parameters():
+        if name in unreached:
+            parameter.requires_grad_(False)
+    model.zero_grad(set_to_none=True)
+    return unreached
+
+
+def count_parameters(parameters: Iterable[nn.Parameter], *, trainable: bool) -> int:
+    """Number of scalars in the parameters that are (not) trained."""
+    return sum(p.numel() for p in parameters if p.requires_grad is trainable)
+
+
+def parameter_table(model: nn.Module, depth: int = 2) -> list[dict[str, str | int]]:
+    """One row per sub-module and per (trained, dtype) in it: what is frozen, in which precision.
+
+    Args:
+        model: any module.
+        depth: number of name parts that make a row ("vision.tower" is 2).
+
+    Returns:
+        Rows of {"module", "parameters", "state", "dtype"} in the model's order.
+    """
+    rows: dict[tuple[str, bool, torch.dtype], int] = {}
+    for name, parameter in model.named_parameters():
+        parts = name.split(".")
+        module = ".".join(parts[: min(depth, max(len(parts) - 1, 1))])
+        key = (module, parameter.requires_grad, parameter.dtype)
+        rows[key] = rows.get(key, 0) + parameter.numel()
+    return [
+        {
+            "module": module,
+            "parameters": count,
+            "state": "trained" if trained else "frozen",
+            "dtype": str(dtype).removeprefix("torch."),
+        }
+        for (module, trained, dtype), count in rows.items()
+    ]

@@ -1,0 +1,138 @@
+"""Stage 1: the Q-Former on a frozen image tower (BLIP-2, section 3.2).
+
+Shapes as in `qformer.py`; E is the width of the contrastive features.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from blip2_train.models.qformer import ImageGroups, ImageKV, KeyValue, QFormer
+from blip2_train.models.vision import VisionTower
+
+
+@dataclass
+class ImageOutput:
+    """What the query pass gives.
+
+    Attributes:
+        query_output: [B, Q, D] states of the queries.
+        image_feats: [B, Q, E] L2-normalised contrastive features, one per query.
+        query_kv: per block, the queries' self-attention keys and values, which captioning reads.
+    """
+
+    query_output: Tensor
+    image_feats: Tensor
+    query_kv: list[KeyValue]
+
+
+class Blip2Stage1(nn.Module):
+    """Image tower, Q-Former and the heads of the three stage-1 objectives.
+
+    Args:
+        vision: frozen tower.
+        qformer: its `vision_width` must be the tower's width.
+        dec_token_id: id of [DEC], which starts a caption in place of [CLS].
+        end_token_id: id of [SEP], which ends one.
+        embed_dim: width of the contrastive features (E).
+        temp: initial temperature, learned; similarities are divided by it.
+    """
+
+    def __init__(
+        self,
+        vision: VisionTower,
+        qformer: QFormer,
+        *,
+        dec_token_id: int,
+        end_token_id: int,
+        embed_dim: int = 256,
+        temp: float = 0.07,
+    ) -> None:
+        super().__init__()
+        self.vision = vision
+        self.qformer = qformer
+        self.vision_proj = nn.Linear(qformer.hidden_size, embed_dim)
+        self.text_proj = nn.Linear(qformer.hidden_size, embed_dim)
+        self.itm_head = nn.Linear(qformer.hidden_size, 2)
+        self.temp = nn.Parameter(torch.tensor(temp))
+        self.dec_token_id = dec_token_id
+        self.end_token_id = end_token_id
+
+    def encode_image(self, image: ImageKV) -> ImageOutput:
+        """The query pass: queries see each other and the image."""
+        query_output, query_kv = self.qformer.forward_queries(image)
+        return ImageOutput(query_output, unit(self.vision_proj(query_output)), query_kv)
+
+    def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """The text pass: [B, T] ids and mask -> text_output [B, T, D], text_feat [B, E].
+
+        The feature is the L2-normalised projection of [CLS].
+        """
+        text_output = self.qformer.forward_text(input_ids, attention_mask)
+        return text_output, unit(self.text_proj(text_output[:, 0]))
+
+    def match(
+        self, images: ImageGroups, input_ids: Tensor, attention_mask: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The multimodal pass of R (image, text) rows.
+
+        Args:
+            images: what the rows look at (see `qformer.ImageGroups`).
+            input_ids: [R, T], [CLS] first.
+            attention_mask: [R, T].
+
+        Returns:
+            itm_logits [R, 2] (index 1: the pair matches), the mean over queries of the matching
+            head; and the hidden states [R, Q + T, D].
+        """
+        hidden = self.qformer.forward_multimodal(images, input_ids, attention_mask)
+        queries = hidden[:, : self.qformer.num_query_tokens]
+        return self.itm_head(queries).mean(dim=1), hidden
+
+    def caption(self, input_ids: Tensor, query_kv: list[KeyValue]) -> Tensor:
+        """The causal pass: [B, T] ids -> [B, T, D]; [DEC] takes the place of [CLS]."""
+        decoder_ids = input_ids.clone()
+        decoder_ids[:, 0] = self.dec_token_id
+        return self.qformer.forward_caption(decoder_ids, query_kv)
+
+    def lm_logits(self, hidden: Tensor) -> Tensor:
+        """[..., D] -> [..., V] logits of the next token."""
+        return self.qformer.lm_head(hidden, self.qformer.word_embeddings.weight)
+
+    @torch.no_grad()
+    def generate(self, image: ImageKV, max_length: int = 30) -> Tensor:
+        """Greedy captions.
+
+        Args:
+            image: keys and values of B images.
+            max_length: tokens, [DEC] included.
+
+        Returns:
+            [B, <= max_length] ids: [DEC], the caption, [SEP], then [SEP] as padding.
+        """
+        query_kv = self.encode_image(image).query_kv
+        rows, device = query_kv[0][0].shape[0], query_kv[0][0].device
+        ids = torch.full((rows, 1), self.dec_token_id, device=device)
+        ended = torch.zeros(rows, dtype=torch.bool, device=device)
+        for _ in range(max_length - 1):
+            hidden = self.caption(ids, query_kv)
+            following = self.lm_logits(hidden[:, -1]).argmax(dim=-1)
+            following = following.masked_fill(ended, self.end_token_id)
+            ids = torch.cat([ids, following[:, None]], dim=1)
+            ended |= following == self.end_token_id
+            if ended.all():
+                break
+        return ids
+
+
+def unit(x: Tensor) -> Tensor:
+    """L2-normalised along the last dimension, in float32 or wider."""
+    with torch.autocast(x.device.type, enabled=False):
+        return F.normalize(widen(x), dim=-1)
+
+
+def widen(x: Tensor) -> Tensor:
+    """At least float32: half precision moves a similarity of 1 / 0.07 by more than 0.01."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

@@ -1,0 +1,174 @@
+"""The frozen image tower: any timm model that gives a map or a sequence of features.
+
+Shapes: B images, S image side in pixels, P image tokens, Dv tower width.
+
+A vision transformer loses its last block and final norm (BLIP-2 reads the second last layer,
+section 3.4 of the paper) and gives all tokens, class token first. A convolutional tower gives its
+last feature map, one token per cell (CLIP ResNets: the map before attention pooling).
+`ln_vision`, the trainable norm that follows the tower, belongs to the Q-Former.
+"""
+
+import hashlib
+from pathlib import Path
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from blip2_train.errors import UserError
+from blip2_train.models.freezing import Frozen
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class VisionTower(Frozen):
+    """A timm model as a frozen source of image tokens.
+
+    Args:
+        name: timm model, with the tag of its weights ("eva_giant_patch14_clip_224.laion400m").
+        image_size: side in pixels (S); None takes the weights' own. Position embeddings are
+            interpolated where it differs.
+        weights: "pretrained" (downloaded by timm), "random" (drawn from `seed`), or the path of
+            a file of timm weights, for machines without a network.
+        drop_last_block: take the second last block's output; only for transformers.
+        dtype: "float32" or "bfloat16", in which weights are stored and features are computed.
+        seed: of the random weights: they are not in checkpoints, so each start draws them again.
+
+    Raises:
+        UserError: the model or the weights cannot be had, or there is no block to drop.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        image_size: int | None = None,
+        weights: str = "pretrained",
+        drop_last_block: bool = True,
+        dtype: str = "float32",
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.name = name
+        self.weights = weights
+        self.tower = _create(name, image_size, weights, seed)
+        if drop_last_block:
+            _drop_last_block(name, self.tower)
+        pretrained = self.tower.pretrained_cfg
+        self.image_size: int = image_size or pretrained["input_size"][-1]
+        # uint8 images are normalised on the device, with the statistics the weights expect
+        for key in ("mean", "std"):
+            value = torch.tensor(pretrained[key]).view(3, 1, 1)
+            self.register_buffer(key, value, persistent=False)
+        self.tower.to(DTYPES[dtype])
+        self.freeze()
+        with torch.device("meta"):
+            blank = torch.zeros(1, 3, self.image_size, self.image_size, dtype=DTYPES[dtype])
+        tokens = _meta_tokens(self.tower, blank)
+        self.num_tokens, self.width = tokens.shape[1:]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the features."""
+        return next(self.tower.parameters()).dtype
+
+    def normalise(self, image: Tensor) -> Tensor:
+        """uint8 [B, 3, S, S] -> float32, scaled to [0, 1], minus mean, by standard deviation."""
+        return (image.float() / 255 - self.mean) / self.std
+
+    @torch.no_grad()
+    def forward(self, image: Tensor) -> Tensor:
+        """Image tokens, without gradient and outside autocast.
+
+        Args:
+            image: [B, 3, S, S], uint8 or already normalised float.
+
+        Returns:
+            [B, P, Dv] in the tower's dtype, before `ln_vision`.
+        """
+        if image.dtype == torch.uint8:
+            image = self.normalise(image)
+        with torch.autocast(image.device.type, enabled=False):
+            return image_tokens(self.tower, image.to(self.dtype))
+
+    def digest(self) -> str:
+        """SHA-256 of the tower's weights: the identity that a checkpoint records in their place."""
+        sha = hashlib.sha256()
+        for key, value in sorted(self.tower.state_dict().items()):
+            sha.update(key.encode())
+            sha.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        return sha.hexdigest()
+
+
+def image_tokens(tower: nn.Module, image: Tensor) -> Tensor:
+    """A timm model's features as a sequence: [B, 3, S, S] -> [B, P, Dv]."""
+    features = tower.forward_features(image)  # type: ignore[operator]
+    if features.ndim == 4:  # [B, Dv, h, w], or [B, h, w, Dv] of models that say so
+        if getattr(tower, "output_fmt", "NCHW") == "NHWC":
+            return features.flatten(1, 2)
+        return features.flatten(2).transpose(1, 2)
+    return features
+
+
+def _meta_tokens(tower: nn.Module, blank: Tensor) -> Tensor:
+    """Shape of the tower's tokens, without computing them."""
+    meta = {
+        key: torch.empty_like(value, device="meta")
+        for key, value in [*tower.named_parameters(), *tower.named_buffers()]
+    }
+
+    class Tokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tower = tower
+
+        def forward(self, image: Tensor) -> Tensor:
+            return image_tokens(self.tower, image)
+
+    state = {f"tower.{key}": value for key, value in meta.items()}
+    return torch.func.functional_call(Tokens(), state, (blank,))
+
+
+def _create(name: str, image_size: int | None, weights: str, seed: int) -> nn.Module:
+    if not timm.is_model(name):
+        close = timm.list_models(f"*{name.split('_')[0]}*")[:5]
+        raise UserError(f"vision.name={name} is not a timm model; close names: {close}")
+    options: dict = {"num_classes": 0}
+    if weights not in ("pretrained", "random"):
+        if not Path(weights).is_file():
+            raise UserError(
+                f"vision.weights={weights} is no file; give a file of timm weights, "
+                "'pretrained' or 'random'"
+            )
+        options["pretrained_cfg_overlay"] = {"file": weights}
+    own_size = timm.get_pretrained_cfg(name).input_size[-1]  # type: ignore[union-attr]
+    if image_size is not None and image_size != own_size:
+        options["img_size"] = image_size
+    # The draw must not depend on, or disturb, anybody else's random numbers.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            return timm.create_model(name, pretrained=weights != "random", **options)
+        except TypeError as error:
+            if "img_size" not in str(error):
+                raise
+            options.pop("img_size")  # convolutional towers take any size
+            return timm.create_model(name, pretrained=weights != "random", **options)
+        except (OSError, RuntimeError) as error:
+            source = "download" if weights == "pretrained" else f"file {weights}"
+            raise UserError(
+                f"the weights of vision.name={name} could not be loaded ({source}): "
+                f"{str(error).splitlines()[0]}; without a network set vision.weights to a file of "
+                "timm weights"
+            ) from error
+
+
+def _drop_last_block(name: str, tower: nn.Module) -> None:
+    blocks = getattr(tower, "blocks", None)
+    is_transformer = hasattr(tower, "pos_embed") or hasattr(tower, "rope")
+    if not is_transformer or blocks is None or len(blocks) < 2:
+        raise UserError(
+            f"vision.drop_last_block=true needs a transformer of two or more blocks, which {name} "
+            "is not; set vision.drop_last_block=false"
+        )
+    tower.prune_intermediate_layers([len(blocks) - 2], prune_norm=True, prune_head=True)  # type: ignore[operator]

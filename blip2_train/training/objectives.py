@@ -1,0 +1,290 @@
+"""One stage-1 step: joins model, losses and other ranks (BLIP-2, section 3.2).
+
+Shapes: B own samples, N = B * ranks, T text tokens (trimmed), M caption targets.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from blip2_train import losses
+from blip2_train.distributed import (
+    World,
+    all_gather,
+    all_gather_with_grad,
+    all_reduce_sum,
+    fetch_rows,
+    request_rows,
+)
+from blip2_train.models.qformer import ImageGroups, ImageKV
+from blip2_train.models.stage1 import Blip2Stage1, ImageOutput
+from blip2_train.seeding import stable_seed
+
+# Positions whose logits over the vocabulary are held at a time; more are recomputed in backward.
+LM_CHUNK = 2048
+
+
+@dataclass(frozen=True)
+class ItcConfig:
+    """Image-text contrast.
+
+    Attributes:
+        smoothing: label smoothing, in [0, 1).
+        gradient: "reference": the gathered side carries no gradient, as in the reference, even on
+            one process; "full": both sides learn, the gradient of the loss as written.
+    """
+
+    smoothing: float = 0.1
+    gradient: str = "reference"
+
+
+@dataclass(frozen=True)
+class LmConfig:
+    """Image-grounded captioning.
+
+    Attributes:
+        smoothing: label smoothing over the vocabulary, in [0, 1).
+    """
+
+    smoothing: float = 0.1
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """What the total loss is.
+
+    Attributes:
+        weights: of "itc", "itm" and "lm"; a loss of weight 0 is not computed.
+        normalise: "global" divides by counts over all ranks, so that the gradient does not depend
+            on their number; "rank" is the reference's mean of per-rank means.
+        itc: see `ItcConfig`.
+        lm: see `LmConfig`.
+    """
+
+    weights: Mapping[str, float]
+    normalise: str = "global"
+    itc: ItcConfig = ItcConfig()
+    lm: LmConfig = LmConfig()
+
+
+def stage1_step(
+    model: Blip2Stage1,
+    image_embeds: Tensor,
+    batch: Mapping[str, Any],
+    config: LossConfig,
+    *,
+    uniform: Tensor | None = None,
+    negatives: tuple[Tensor, Tensor] | None = None,
+    world: World = World(),
+) -> dict[str, Tensor]:
+    """Losses of one contrastive batch, and what they were computed from.
+
+    Args:
+        model: the stage-1 model.
+        image_embeds: [B, P, Dv] tokens of the frozen tower.
+        batch: `input_ids` and `attention_mask` int64 [B, T_max], `image_id` int64 [B],
+            `lm_index` int64 [M] (see `data.batch.lm_targets`), and `text_length`: T, to which text
+            is trimmed, the same on all ranks.
+        config: weights and variants of the losses.
+        uniform: float64 [2, B] in [0, 1): the numbers that draw this rank's negative images and
+            texts; needed for ITM unless `negatives` is given.
+        negatives: (image, text) global row numbers, each int64 [B], instead of drawing them.
+        world: the ranks that share the contrastive batch.
+
+    Returns:
+        `loss` (to call backward on) and `loss_itc`, `loss_itm`, `loss_lm` where computed: with
+        `normalise=global` their mean over ranks is the loss of the global batch; and named
+        intermediate tensors, for metrics and tests.
+    """
+    on = {name for name, weight in config.weights.items() if weight}
+    B, T = batch["input_ids"].shape[0], batch["text_length"]
+    input_ids, attention_mask = batch["input_ids"][:, :T], batch["attention_mask"][:, :T]
+    image_id_all, *text_all = _gather_text(batch, world)
+
+    image = model.qformer.project_image(image_embeds)
+    image_out = model.encode_image(image)
+    out: dict[str, Tensor] = {
+        "query_hidden": image_out.query_output,
+        "image_feats": image_out.image_feats,
+        "positive": losses.same_id(batch["image_id"], image_id_all),
+    }
+    if "itc" in on:
+        out["text_hidden"], out["text_feat"] = model.encode_text(input_ids, attention_mask)
+        out |= _similarities(model, out, config.itc.gradient, world)
+        out["loss_itc"] = losses.itc_loss(
+            out["sim_i2t"], out["sim_t2i"], out["positive"], config.itc.smoothing
+        )
+    if "itm" in on:
+        out |= _negatives(out, uniform, negatives)
+        request = request_rows(out["neg_image_idx"], B, world) if world.size > 1 else None
+    if "lm" in on:  # needs no negatives: it runs while their row numbers travel to the host
+        out |= _caption(model, input_ids, batch, image_out, config.lm.smoothing)
+    if "itm" in on:
+        if request is None:
+            source, position = image, out["neg_image_idx"]
+        else:
+            fetched, position = fetch_rows(image_embeds, request)
+            source = model.qformer.project_image(fetched)
+        negative = [(k.index_select(0, position), v.index_select(0, position)) for k, v in source]
+        out |= _match(model, image, negative, batch, text_all, out)
+
+    _normalise(out, on, config.normalise, world)
+    out["loss"] = torch.stack([config.weights[name] * out[f"loss_{name}"] for name in on]).sum()
+    return out
+
+
+def draw_uniform(seed: int, step: int, part: int, samples: int, world: World) -> Tensor:
+    """This rank's slice of the numbers that draw the negatives of a contrastive batch.
+
+    Every rank generates the numbers of all N rows from (seed, step, part) alone, so a row's
+    negatives depend neither on the number of ranks nor on what ran before.
+
+    Args:
+        seed: of the run.
+        step: optimizer step.
+        part: contrastive batch within the step.
+        samples: rows per rank (B).
+        world: the ranks.
+
+    Returns:
+        float64 [2, B] on the host: row 0 draws images, row 1 texts.
+    """
+    generator = torch.Generator().manual_seed(stable_seed("negatives", seed, step, part))
+    numbers = torch.rand(2, samples * world.size, generator=generator, dtype=torch.float64)
+    return numbers[:, world.rank * samples : (world.rank + 1) * samples]
+
+
+def _gather_text(batch: Mapping[str, Any], world: World) -> tuple[Tensor, Tensor, Tensor]:
+    """Ids [N], token ids and masks [N, T_max] of all ranks, in one collective."""
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    packed = torch.cat([batch["image_id"][:, None], ids, mask], dim=1)
+    image_id, ids, mask = all_gather(packed, world).split([1, ids.shape[1], mask.shape[1]], dim=1)
+    return image_id.squeeze(1), ids, mask
+
+
+def _similarities(
+    model: Blip2Stage1, out: dict[str, Tensor], gradient: str, world: World
+) -> dict[str, Tensor]:
+    gather = all_gather_with_grad if gradient == "full" else all_gather
+    image_feats_all = gather(out["image_feats"], world)
+    text_feat_all = gather(out["text_feat"], world)
+    return {
+        "sim_i2t": losses.max_similarity(out["image_feats"], text_feat_all) / model.temp,
+        "sim_t2i": losses.max_similarity(image_feats_all, out["text_feat"]).T / model.temp,
+    }
+
+
+def _negatives(
+    out: dict[str, Tensor], uniform: Tensor | None, given: tuple[Tensor, Tensor] | None
+) -> dict[str, Tensor]:
+    """One negative image for each text, and one negative text for each image."""
+    allowed = ~out["positive"]
+    if "sim_t2i" in out:
+        weights_t2i = losses.negative_weights(out["sim_t2i"], out["positive"])
+        weights_i2t = losses.negative_weights(out["sim_i2t"], out["positive"])
+    else:  # without ITC there is no similarity to go by
+        weights_t2i = weights_i2t = allowed.float()
+    if given is None:
+        assert uniform is not None, "ITM needs random numbers to draw negatives with"
+        uniform = uniform.to(weights_t2i.device, non_blocking=True)
+        image_index, _ = losses.draw_negatives(weights_t2i, uniform[0])
+        text_index, _ = losses.draw_negatives(weights_i2t, uniform[1])
+    else:
+        image_index, text_index = given
+    return {
+        "neg_weights_t2i": weights_t2i,
+        "neg_weights_i2t": weights_i2t,
+        "neg_image_idx": image_index,
+        "neg_text_idx": text_index,
+        "has_negative": allowed.any(dim=1),
+    }
+
+
+def _caption(
+    model: Blip2Stage1,
+    input_ids: Tensor,
+    batch: Mapping[str, Any],
+    image: ImageOutput,
+    smoothing: float,
+) -> dict[str, Tensor]:
+    """Summed captioning loss; the head runs only where there is a token to predict."""
+    hidden = model.caption(input_ids, image.query_kv)
+    T_max = batch["input_ids"].shape[1]
+    index = batch["lm_index"]
+    targets = batch["input_ids"].flatten()[index + 1]
+    row, position = index // T_max, index % T_max
+    selected = hidden.flatten(0, 1).index_select(0, row * input_ids.shape[1] + position)
+
+    def chunk_loss(states: Tensor, wanted: Tensor) -> Tensor:
+        return losses.lm_loss_sum(model.lm_logits(states), wanted, smoothing)
+
+    if len(index) <= LM_CHUNK:
+        total = chunk_loss(selected, targets)
+    else:
+        parts = zip(selected.split(LM_CHUNK), targets.split(LM_CHUNK), strict=True)
+        total = torch.stack(
+            [checkpoint(chunk_loss, states, wanted, use_reentrant=False) for states, wanted in parts]
+        ).sum()
+    return {"lm_hidden": hidden, "lm_selected": selected, "lm_targets": targets, "loss_lm": total}
+
+
+def _match(
+    model: Blip2Stage1,
+    image: ImageKV,
+    negative_image: ImageKV,
+    batch: Mapping[str, Any],
+    text_all: list[Tensor],
+    out: dict[str, Tensor],
+) -> dict[str, Tensor]:
+    """Summed matching loss over (own, own), (negative image, own text), (own image, negative text).
+
+    The first and the last third look at the same images, so they go through the cross-attention
+    side by side; results come back in the order above.
+    """
+    T = batch["text_length"]
+    ids, mask = batch["input_ids"][:, :T], batch["attention_mask"][:, :T]
+    negative_ids, negative_mask = (t[out["neg_text_idx"], :T] for t in text_all)
+    groups: ImageGroups = [(image, 2), (negative_image, 1)]
+    logits, hidden = model.match(
+        groups, torch.cat([ids, negative_ids, ids]), torch.cat([mask, negative_mask, mask])
+    )
+    logits, hidden = (
+        torch.cat([own, neg_image, neg_text])
+        for own, neg_text, neg_image in (logits.chunk(3), hidden.chunk(3))
+    )
+    B = ids.shape[0]
+    labels = torch.zeros(3 * B, dtype=torch.long, device=ids.device)
+    labels[:B] = 1
+    valid = out["has_negative"].to(logits.dtype)
+    row_weight = torch.cat([torch.ones_like(valid), valid, valid])
+    return {
+        "itm_hidden": hidden,
+        "itm_logits": logits,
+        "itm_labels": labels,
+        "itm_row_weight": row_weight,
+        "loss_itm": losses.itm_loss_sum(logits, labels, row_weight),
+    }
+
+
+def _normalise(out: dict[str, Tensor], on: set[str], normalise: str, world: World) -> None:
+    """Turns summed losses into means, over this rank's counts or over all ranks'.
+
+    DDP averages gradients over ranks, so with global counts a rank's share is scaled by their
+    number. ITC is a mean over B rows on every rank already.
+    """
+    counts = {}
+    if "itm" in on:
+        counts["loss_itm"] = (1 + 2 * out["has_negative"]).sum()
+    if "lm" in on:
+        counts["loss_lm"] = torch.tensor(len(out["lm_targets"]), device=out["loss_lm"].device)
+    if not counts:
+        return
+    total, ranks = torch.stack(list(counts.values())), 1
+    if normalise == "global":
+        total, ranks = all_reduce_sum(total, world), world.size
+    for name, count in zip(counts, total.clamp(min=1), strict=True):
+        out[name] = out[name] * ranks / count

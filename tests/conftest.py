@@ -1,0 +1,36 @@
+"""Options and fixtures of the whole suite; no test may reach a network."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("WANDB_MODE", "disabled")
+os.environ.setdefault("WANDB_SILENT", "true")
+
+SHARED = Path(__file__).resolve().parents[1].parent / "shared"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--oracle",
+        default=str(SHARED / "oracle"),
+        help="folder of reference values (FORMAT.md there describes it)",
+    )
+
+
+@pytest.fixture(scope="session")
+def oracle(request: pytest.FixtureRequest) -> Path:
+    folder = Path(request.config.getoption("--oracle"))
+    if not (folder / "facts.json").exists():
+        pytest.skip(f"no reference values at {folder}; give another folder with --oracle")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def realdata() -> Path:
+    folder = SHARED / "realdata"
+    if not folder.exists():
+        pytest.skip(f"no real photographs at {folder}")
+    return folder

@@ -1,0 +1,35 @@
+"""Runs a function on several real gloo processes and gives back what each returned."""
+
+import os
+import tempfile
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+def run_ranks(function: Callable[..., Any], size: int, *args: Any) -> list[Any]:
+    """`function(*args)` on `size` processes of one group; results (tensors, plain values) by rank."""
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(_entry, args=(function, size, folder, args), nprocs=size, join=True)
+        return [torch.load(Path(folder) / f"{rank}.pt") for rank in range(size)]
+
+
+def _entry(rank: int, function: Callable[..., Any], size: int, folder: str, args: tuple) -> None:
+    torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/store",
+        rank=rank,
+        world_size=size,
+        timeout=timedelta(seconds=120),
+    )
+    try:
+        torch.save(function(*args), Path(folder) / f"{rank}.pt")
+    finally:
+        dist.destroy_process_group()
