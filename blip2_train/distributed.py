@@ -4,6 +4,8 @@ Functions take the `World` they act in: `World()` is this process alone, `curren
 the launcher started. Row r of rank k is global row k * B + r.
 """
 
+import functools
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -75,12 +77,35 @@ def all_reduce_sum(tensor: Tensor, world: World) -> Tensor:
     return total
 
 
+def agree_on_maximum(value: int, world: World) -> "PendingMaximum":
+    """Starts finding the largest `value` of all ranks; ask for the result later."""
+    tensor = torch.tensor([value])
+    if world.size == 1:
+        return PendingMaximum(tensor, None)
+    work = dist.all_reduce(tensor, dist.ReduceOp.MAX, group=_host_group(), async_op=True)
+    return PendingMaximum(tensor, work)
+
+
+@dataclass
+class PendingMaximum:
+    """A maximum over ranks that is on its way, between hosts, beside the device's work."""
+
+    tensor: Tensor
+    work: Any
+
+    def result(self) -> int:
+        """Waits for it."""
+        if self.work is not None:
+            self.work.wait()
+        return int(self.tensor)
+
+
 def broadcast_object(value: Any, world: World) -> Any:
     """Rank 0's plain Python value, on every rank."""
     if world.size == 1:
         return value
     values = [value]
-    dist.broadcast_object_list(values, src=0)
+    dist.broadcast_object_list(values, src=0, group=_host_group())
     return values[0]
 
 
@@ -89,8 +114,43 @@ def gather_objects(value: Any, world: World) -> list[Any]:
     if world.size == 1:
         return [value]
     values: list[Any] = [None] * world.size
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=_host_group())
     return values
+
+
+def barrier(world: World) -> None:
+    """Waits for all ranks."""
+    if world.size > 1:
+        dist.barrier(group=_host_group())
+
+
+def start(
+    rank: int, local_rank: int, world_size: int, address: str, port: int, *, cuda: bool
+) -> World:
+    """Joins the other ranks: NCCL between GPUs, gloo between CPUs, and gloo between hosts.
+
+    Args:
+        rank: of this process.
+        local_rank: its GPU.
+        world_size: number of processes.
+        address: host of rank 0.
+        port: of its store.
+        cuda: whether tensors live on GPUs.
+    """
+    if world_size == 1:
+        return World()
+    if cuda:
+        torch.cuda.set_device(local_rank)
+    os.environ |= {"MASTER_ADDR": address, "MASTER_PORT": str(port)}
+    dist.init_process_group("nccl" if cuda else "gloo", rank=rank, world_size=world_size)
+    _host_group()
+    return World(rank, world_size)
+
+
+@functools.cache
+def _host_group() -> dist.ProcessGroup:
+    """A gloo group of its own: values on the host travel beside the device's collectives."""
+    return dist.new_group(backend="gloo")
 
 
 # -- rows that live on other ranks -----------------------------------------------------------------

@@ -1,11 +1,8 @@
-"""Parameter groups and learning-rate schedules: pure functions of a model and of a step."""
+"""Parameter groups and the learning rate: pure functions of a model and of a step."""
 
 import math
-from collections.abc import Callable
 
 from torch import nn
-
-Schedule = Callable[[int], float]
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
@@ -28,61 +25,40 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     ]
 
 
-def warmup_cosine(
-    *, lr: float, min_lr: float, warmup_lr: float, warmup_steps: int, max_steps: int
-) -> Schedule:
-    """Linear warm-up, then half a cosine, per optimizer step.
-
-    Args:
-        lr: peak, reached at step `warmup_steps`.
-        min_lr: approached at `max_steps`.
-        warmup_lr: of step 0.
-        warmup_steps: optimizer steps of linear rise.
-        max_steps: optimizer steps of the run.
-
-    Returns:
-        Learning rate of a step, counted from 0.
-    """
-
-    def schedule(step: int) -> float:
-        if step < warmup_steps:
-            return warmup_lr + (lr - warmup_lr) * step / warmup_steps
-        progress = min(1.0, (step - warmup_steps) / max(1, max_steps - warmup_steps))
-        return min_lr + (lr - min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
-
-    return schedule
-
-
-def lavis_staircase(
+def learning_rate(
+    step: int,
     *,
     lr: float,
     min_lr: float,
     warmup_lr: float,
     warmup_steps: int,
     max_steps: int,
-    steps_per_epoch: int,
-) -> Schedule:
-    """What the reference's released configuration does: cosine per epoch, warm-up in epoch 0 alone.
+    steps_per_epoch: int | None = None,
+) -> float:
+    """Linear warm-up, then half a cosine: per optimizer step, or the reference's staircase.
 
-    A warm-up longer than the first epoch is cut short at its end, and `min_lr` is never reached.
+    The staircase (`steps_per_epoch` given) moves once per epoch; its warm-up happens within epoch 0
+    alone, where it is cut short by the epoch's end, and it never reaches `min_lr`.
 
     Args:
+        step: optimizer step, from 0.
         lr: peak.
-        min_lr: the cosine's end.
-        warmup_lr: of step 0.
-        warmup_steps: optimizer steps of linear rise, within epoch 0.
+        min_lr: the cosine's end, at `max_steps`.
+        warmup_lr: at step 0.
+        warmup_steps: optimizer steps of linear rise.
         max_steps: optimizer steps of the run.
-        steps_per_epoch: optimizer steps of an epoch.
-
-    Returns:
-        Learning rate of a step, counted from 0.
+        steps_per_epoch: optimizer steps between two moves of the staircase.
     """
-    epochs = math.ceil(max_steps / steps_per_epoch)
+    if steps_per_epoch is None:
+        if step < warmup_steps:
+            return warmup_lr + (lr - warmup_lr) * step / warmup_steps
+        progress = min(1.0, (step - warmup_steps) / max(1, max_steps - warmup_steps))
+        return _half_cosine(lr, min_lr, progress)
+    epoch, within = divmod(step, steps_per_epoch)
+    if epoch == 0:
+        return min(lr, warmup_lr + (lr - warmup_lr) * within / max(warmup_steps, 1))
+    return _half_cosine(lr, min_lr, epoch / math.ceil(max_steps / steps_per_epoch))
 
-    def schedule(step: int) -> float:
-        epoch, within = divmod(step, steps_per_epoch)
-        if epoch == 0:
-            return min(lr, warmup_lr + (lr - warmup_lr) * within / max(warmup_steps, 1))
-        return (lr - min_lr) * 0.5 * (1 + math.cos(math.pi * epoch / epochs)) + min_lr
 
-    return schedule
+def _half_cosine(high: float, low: float, progress: float) -> float:
+    return low + (high - low) * 0.5 * (1 + math.cos(math.pi * progress))

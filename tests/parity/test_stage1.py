@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from blip2_train.checkpoint.lavis import to_lavis_name
 from blip2_train.distributed import current_world
 from blip2_train.training.objectives import stage1_step
-from blip2_train.training.optimizer import lavis_staircase, parameter_groups
+from blip2_train.training.optimizer import learning_rate, parameter_groups
 
 LOSSES = ("loss", "loss_itc", "loss_itm", "loss_lm")
 
@@ -126,9 +126,12 @@ def two_rank_step(oracle: Path, case: str) -> dict[str, Any]:
     features = tensors[prefix + "image_features"].clone().requires_grad_()
     outputs = section(tensors, f"outputs/rank{world.rank}/")
     step = nn.parallel.DistributedDataParallel(Step(model, loss_config(info, "reference", "rank")))
+    batch = text_batch(tensors, prefix, first_id=world.rank * len(features))
+    masks = [tensors[f"inputs/rank{rank}/attention_mask"] for rank in range(world.size)]
+    batch["text_length"] = int(torch.cat(masks).sum(dim=1).max())  # of all ranks
     out = step(
         features,
-        text_batch(tensors, prefix, first_id=world.rank * len(features)),
+        batch,
         negatives=(outputs["neg_image_idx"], outputs["neg_text_idx"]),
         world=world,
     )
@@ -205,13 +208,16 @@ def test_schedule_of_the_reference(oracle: Path) -> None:
     facts = json.loads((oracle / "facts.json").read_text())["lr_schedule"]
     for title, wanted in facts["runs"].items():
         epochs, steps, warmup = map(int, re.findall(r"\d+", title)[:3])
-        schedule = lavis_staircase(
-            lr=facts["init_lr"],
-            min_lr=facts["min_lr"],
-            warmup_lr=facts["warmup_lr"],
-            warmup_steps=warmup,
-            max_steps=epochs * steps,
-            steps_per_epoch=steps,
-        )
-        ours = [schedule(step) for step in range(epochs * steps)]
+        ours = [
+            learning_rate(
+                step,
+                lr=facts["init_lr"],
+                min_lr=facts["min_lr"],
+                warmup_lr=facts["warmup_lr"],
+                warmup_steps=warmup,
+                max_steps=epochs * steps,
+                steps_per_epoch=steps,
+            )
+            for step in range(epochs * steps)
+        ]
         assert ours == pytest.approx(wanted, rel=1e-12), title

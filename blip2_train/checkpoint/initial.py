@@ -1,0 +1,106 @@
+"""Initial weights of a training: `init_from` a checkpoint of ours or of LAVIS, key by key."""
+
+import pickle
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from blip2_train.checkpoint.io import FORMAT, damage
+from blip2_train.checkpoint.lavis import from_lavis, is_lavis
+from blip2_train.errors import UserError
+
+
+@dataclass
+class Account:
+    """What `init_from` did with every key.
+
+    Attributes:
+        loaded: taken from the checkpoint.
+        missing: kept their initial values.
+        dropped: {name in the checkpoint: why it was not needed}.
+        unexpected: names in the checkpoint that the model does not have.
+    """
+
+    loaded: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    dropped: dict[str, str] = field(default_factory=dict)
+    unexpected: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        lines = [
+            f"{len(self.loaded)} weights loaded, {len(self.missing)} not in the checkpoint, "
+            f"{len(self.dropped)} dropped on purpose, {len(self.unexpected)} unexpected"
+        ]
+        lines += [f"  not in the checkpoint: {name}" for name in self.missing]
+        lines += [f"  dropped: {name} ({reason})" for name, reason in self.dropped.items()]
+        lines += [f"  unexpected: {name}" for name in self.unexpected]
+        return "\n".join(lines)
+
+
+def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str], list[str]]:
+    """Weights under our names, from a checkpoint of ours or of LAVIS.
+
+    Nothing is ever unpickled: LAVIS's `.pth` files load as tensors and plain values too.
+
+    Returns:
+        weights, what was dropped and why, and names that no rule covers.
+
+    Raises:
+        UserError: the file is missing, damaged, or neither of the two.
+    """
+    if not path.is_file():
+        raise UserError(f"init_from={path}: there is no such file")
+    if reason := damage(path):
+        raise UserError(f"init_from={path} is damaged or no torch checkpoint ({reason})")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError) as error:
+        raise UserError(
+            f"init_from={path} holds more than tensors and plain values and is not loaded, since "
+            "it could run code"
+        ) from error
+    if isinstance(content, dict) and content.get("format") == FORMAT:
+        return content["model"], {}, []
+    state = content.get("model", content) if isinstance(content, dict) else {}
+    if not is_lavis(state):
+        raise UserError(f"init_from={path} is a checkpoint of neither blip2-train nor LAVIS")
+    account = from_lavis(state)
+    return account.state, account.dropped, account.unknown
+
+
+def init_from(model: nn.Module, path: Path, frozen_prefixes: tuple[str, ...]) -> Account:
+    """Loads what a checkpoint has for the trained part of the model.
+
+    Args:
+        model: changed in place.
+        path: checkpoint of ours or of LAVIS.
+        frozen_prefixes: parts that never come from a checkpoint.
+
+    Raises:
+        UserError: as `read_weights`; another shape; or no query tokens, without which nothing of
+            the Q-Former would be worth having.
+    """
+    weights, dropped, unexpected = read_weights(path)
+    account = Account(dropped=dict(dropped), unexpected=list(unexpected))
+    own = model.state_dict()
+    for name, value in weights.items():
+        if name.startswith(frozen_prefixes):
+            account.dropped[name] = "frozen, comes from its own weights"
+        elif name not in own:
+            account.unexpected.append(name)
+        elif own[name].shape != value.shape:
+            raise UserError(
+                f"init_from={path}: {name} is {tuple(value.shape)}, the model's is "
+                f"{tuple(own[name].shape)}; it was trained with another architecture"
+            )
+        else:
+            account.loaded.append(name)
+    account.missing = [
+        name for name in own if name not in weights and not name.startswith(frozen_prefixes)
+    ]
+    if "qformer.query_tokens" not in account.loaded:
+        raise UserError(f"init_from={path} has no query tokens; it is no BLIP-2 checkpoint")
+    model.load_state_dict({name: weights[name] for name in account.loaded}, strict=False)
+    return account

@@ -1,0 +1,146 @@
+"""Checkpoint files: written whole or not at all, checked before they are believed.
+
+A file holds tensors and plain values only, so it loads with `weights_only=True`.
+"""
+
+import logging
+import os
+import re
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from blip2_train.errors import UserError
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1
+STEP_FILE = re.compile(r"step-(\d{8})\.ckpt")
+
+
+def step_path(folder: Path, step: int) -> Path:
+    """Name of a step's checkpoint."""
+    return folder / f"step-{step:08d}.ckpt"
+
+
+def save(path: Path, content: dict[str, Any]) -> None:
+    """Writes a checkpoint so that `path` never names a partial file.
+
+    A temporary file in the same folder, flushed to the disk, renamed, the folder flushed.
+
+    Raises:
+        OSError: the disk is full or gone; the temporary file is removed, `path` is untouched.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    temporary = Path(name)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint file, or None; reads all of it.
+
+    `torch.load` does not notice flipped bits; the checksums of the zip archive do.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            bad = archive.testzip()
+    except (zipfile.BadZipFile, OSError, EOFError, ValueError, NotImplementedError) as error:
+        return f"{type(error).__name__}: {error}"
+    return f"wrong checksum of {bad}" if bad is not None else None
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Reads a checkpoint of ours onto the CPU.
+
+    Raises:
+        UserError: the file is missing, damaged, or not a checkpoint of blip2-train.
+    """
+    if not path.is_file():
+        raise UserError(f"there is no checkpoint {path}")
+    if reason := damage(path):
+        raise UserError(f"checkpoint {path} is damaged ({reason})")
+    content = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise UserError(f"{path} is not a checkpoint of blip2-train (format {FORMAT})")
+    return content
+
+
+def steps(folder: Path) -> dict[int, Path]:
+    """Checkpoints in a folder by step, oldest first; damaged ones included."""
+    found = {
+        int(match[1]): path for path in folder.glob("*") if (match := STEP_FILE.fullmatch(path.name))
+    }
+    return dict(sorted(found.items()))
+
+
+def newest_valid(folder: Path) -> Path | None:
+    """The newest undamaged checkpoint.
+
+    Newer damaged ones are reported and renamed to `*.damaged`, so that they are neither taken for
+    checkpoints again nor lost.
+
+    Raises:
+        UserError: there are checkpoints, but all of them are damaged.
+    """
+    candidates = list(steps(folder).values())
+    for path in reversed(candidates):
+        reason = damage(path)
+        if reason is None:
+            return path
+        log.warning("checkpoint %s is damaged (%s); trying the one before", path, reason)
+        path.rename(path.with_suffix(".ckpt.damaged"))
+    if candidates:
+        raise UserError(
+            f"every checkpoint in {folder} is damaged; start again with another run.name, or "
+            "give a good file with resume.from=PATH"
+        )
+    return None
+
+
+def prune(
+    folder: Path,
+    *,
+    keep_last: int,
+    keep_every: int | None,
+    keep_best: int,
+    scores: dict[int, float],
+) -> list[Path]:
+    """Deletes checkpoints that no rule keeps.
+
+    Args:
+        folder: of the checkpoints.
+        keep_last: newest files that stay.
+        keep_every: files at multiples of it stay; None: no such rule.
+        keep_best: files of the highest scores that stay.
+        scores: {step: score} of validated steps, higher is better.
+
+    Returns:
+        What was deleted.
+    """
+    found = steps(folder)
+    keep = set(list(found)[-keep_last:])
+    if keep_every:
+        keep |= {step for step in found if step % keep_every == 0}
+    scored = sorted((step for step in found if step in scores), key=lambda step: -scores[step])
+    keep |= set(scored[:keep_best])
+    deleted = [path for step, path in found.items() if step not in keep]
+    for path in deleted:
+        path.unlink(missing_ok=True)
+    return deleted
