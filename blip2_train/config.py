@@ -125,14 +125,12 @@ def to_plain(cfg: DictConfig) -> dict[str, Any]:
         UserError: a required key (`???`) has no value, or an interpolation leads nowhere.
     """
     try:
-        plain = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+        plain: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None)
         reason = str(error).splitlines()[0]
         raise UserError(f"{key}: {reason}" if key else reason) from error
-    assert isinstance(plain, dict)
-    plain = {str(key): value for key, value in plain.items()}
-    table = plain.pop("recipe", {}).get("table", {})
+    table = plain.pop("recipe")["table"]
     if plain["kind"] not in table:
         raise UserError(f"kind={plain['kind']} is not a row of the recipe; rows: {sorted(table)}")
     return plain
@@ -187,6 +185,11 @@ def validate(cfg: Mapping[str, Any], world_size: int = 1) -> None:
     at_least("text.max_tokens", 3)
     at_least("text.bucket", 1)
     at_least("optimizer.grad_clip", 1e-12, null=True)
+    for key in ("optimizer.lr", "optimizer.weight_decay", "optimizer.eps"):
+        at_least(key, 0)
+    for key in ("schedule.min_lr", "schedule.warmup_lr", "schedule.warmup_steps"):
+        at_least(key, 0)
+    at_least("schedule.steps_per_epoch", 1, null=True)
     weights = cfg["loss"]["weights"]
     need(
         any(weights.values()) and all(w >= 0 for w in weights.values()),
@@ -206,9 +209,11 @@ def validate(cfg: Mapping[str, Any], world_size: int = 1) -> None:
         f"run.name={cfg['run']['name']} must be a plain folder name; run.dir holds the path",
     )
     try:
-        plan_batch(cfg["batch"]["size"], cfg["batch"]["accumulate"], world_size)
-    except (UserError, TypeError) as error:
+        plan_batch(int(cfg["batch"]["size"]), int(cfg["batch"]["accumulate"]), world_size)
+    except UserError as error:
         problems.append(str(error))
+    except (TypeError, ValueError):
+        pass  # no number: said above
     if problems:
         raise UserError("; ".join(problems))
 
@@ -220,7 +225,7 @@ def unknown_keys(cfg: DictConfig, keys: list[str]) -> list[str]:
         cfg: composed configuration.
         keys: dotted keys given on the command line.
     """
-    known = sorted(_dotted(cfg))
+    known = sorted(dotted_keys(cfg))
     sentences = []
     for key in keys:
         if key in known:
@@ -233,7 +238,8 @@ def unknown_keys(cfg: DictConfig, keys: list[str]) -> list[str]:
     return sentences
 
 
-def _dotted(cfg: Any, prefix: str = "") -> set[str]:
+def dotted_keys(cfg: Any, prefix: str = "") -> set[str]:
+    """Every key of a composed configuration, parents included, as "a.b.c"."""
     names: set[str] = set()
     if OmegaConf.is_dict(cfg):
         for key in cfg:
@@ -247,7 +253,7 @@ def _dotted(cfg: Any, prefix: str = "") -> set[str]:
                     child = cfg[key]
                 except OmegaConfBaseException:
                     continue
-            names |= _dotted(child, name + ".")
+            names |= dotted_keys(child, name + ".")
     return names
 
 

@@ -150,7 +150,9 @@ def start(
 @functools.cache
 def _host_group() -> dist.ProcessGroup:
     """A gloo group of its own: values on the host travel beside the device's collectives."""
-    return dist.new_group(backend="gloo")
+    group = dist.new_group(backend="gloo")
+    assert isinstance(group, dist.ProcessGroup)
+    return group
 
 
 # -- rows that live on other ranks -----------------------------------------------------------------

@@ -13,7 +13,7 @@ import torch.multiprocessing as mp
 
 
 def run_ranks(function: Callable[..., Any], size: int, *args: Any) -> list[Any]:
-    """`function(*args)` on `size` processes of one group; results (tensors, plain values) by rank."""
+    """`function(*args)` on `size` processes of one group; what each returned, by rank."""
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(_entry, args=(function, size, folder, args), nprocs=size, join=True)
         return [torch.load(Path(folder) / f"{rank}.pt") for rank in range(size)]

@@ -1,4 +1,4 @@
-"""Initial weights of the Q-Former from a BERT (section 3.1: "initialize QFormer with BERT-base")."""
+"""Initial weights of the Q-Former from a BERT (BLIP-2, section 3.1)."""
 
 from collections.abc import Mapping
 

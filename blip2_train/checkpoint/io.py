@@ -6,7 +6,6 @@ A file holds tensors and plain values only, so it loads with `weights_only=True`
 import logging
 import os
 import re
-import tempfile
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -35,10 +34,9 @@ def save(path: Path, content: dict[str, Any]) -> None:
         OSError: the disk is full or gone; the temporary file is removed, `path` is untouched.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    temporary = Path(name)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with temporary.open("wb") as file:
             torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
@@ -85,7 +83,9 @@ def load(path: Path) -> dict[str, Any]:
 def steps(folder: Path) -> dict[int, Path]:
     """Checkpoints in a folder by step, oldest first; damaged ones included."""
     found = {
-        int(match[1]): path for path in folder.glob("*") if (match := STEP_FILE.fullmatch(path.name))
+        int(match[1]): path
+        for path in folder.glob("*")
+        if (match := STEP_FILE.fullmatch(path.name))
     }
     return dict(sorted(found.items()))
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from blip2_train.errors import UserError
 
-# (ours, LAVIS), longest first within one prefix; a name is renamed by the first entry it starts with.
+# (ours, LAVIS); a name is renamed by the first entry that it starts with.
 NAMES = [
     ("qformer.query_tokens", "query_tokens"),
     ("qformer.ln_vision.", "ln_vision."),

@@ -25,9 +25,8 @@ def recalls(score_i2t: Tensor, score_t2i: Tensor, caption_image: Tensor) -> dict
     Returns:
         `i2t_r1`, `i2t_r5`, `i2t_r10`, `t2i_r1`, ... and `r_mean`, the mean of the six.
     """
-    I, C = score_i2t.shape
-    own = torch.zeros(I, C, dtype=torch.bool, device=caption_image.device)
-    own[caption_image, torch.arange(C, device=own.device)] = True
+    own = torch.zeros(score_i2t.shape, dtype=torch.bool, device=caption_image.device)
+    own[caption_image, torch.arange(len(caption_image), device=own.device)] = True
     own = own.to(score_i2t.device)
     best = score_i2t.masked_fill(~own, -torch.inf).amax(dim=1, keepdim=True)
     rank_i2t = ((score_i2t >= best) & ~own).sum(dim=1)

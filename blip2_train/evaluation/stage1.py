@@ -32,7 +32,7 @@ class Features:
         input_ids: int64 [C, T] on the CPU.
         attention_mask: int64 [C, T] on the CPU.
         caption_image: int64 [C], row of the image in this batch.
-        keys: of the images.
+        items: numbers of the images within the validation split.
         text: of the captions.
     """
 
@@ -42,7 +42,7 @@ class Features:
     input_ids: Tensor
     attention_mask: Tensor
     caption_image: Tensor
-    keys: list[str]
+    items: list[int]
     text: list[str]
 
 
@@ -54,14 +54,14 @@ class Retrieval:
         metrics: recalls by ITC, and re-ranked by ITM under `itm_...` names.
         sims: [I, C] cosines, on the CPU.
         caption_image: int64 [C].
-        keys: of the I images.
+        items: numbers of the I images within the validation split.
         text: of the C captions.
     """
 
     metrics: dict[str, float]
     sims: Tensor
     caption_image: Tensor
-    keys: list[str]
+    items: list[int]
     text: list[str]
 
 
@@ -105,7 +105,7 @@ def encode(
         batch["input_ids"].cpu(),
         batch["attention_mask"].cpu(),
         batch["caption_image"].cpu(),
-        batch["keys"],
+        batch["items"],
         batch["text"],
     )
 
@@ -135,7 +135,7 @@ def retrieve(
     text_feat = torch.cat([f.text_feat for f in everything])
     starts, start = {}, 0
     for f in everything:
-        starts[f.batch], start = start, start + len(f.keys)
+        starts[f.batch], start = start, start + len(f.items)
     caption_image = torch.cat([f.caption_image + starts[f.batch] for f in everything])
     sims = max_similarity(image_feats, text_feat)
     metrics = recalls(sims, sims.T, caption_image)
@@ -158,8 +158,8 @@ def retrieve(
                 match[image, wanted[image]] = values
         i2t, t2i = rerank(sims, match, rerank_k), rerank(sims.T, match.T, rerank_k)
         metrics |= {f"itm_{k}": v for k, v in recalls(i2t, t2i, caption_image).items()}
-    keys = [key for f in everything for key in f.keys]
-    return Retrieval(metrics, sims, caption_image, keys, [t for f in everything for t in f.text])
+    items = [item for f in everything for item in f.items]
+    return Retrieval(metrics, sims, caption_image, items, [t for f in everything for t in f.text])
 
 
 def match_captions(

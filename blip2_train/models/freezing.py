@@ -40,9 +40,7 @@ def freeze_unreached(model: nn.Module, loss: Callable[[], Tensor]) -> list[str]:
     """
     model.zero_grad(set_to_none=True)
     loss().backward()
-    unreached = [
-        name for name, p in model.named_parameters() if p.requires_grad and p.grad is None
-    ]
+    unreached = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
     for name, parameter in model.named_parameters():
         if name in unreached:
             parameter.requires_grad_(False)

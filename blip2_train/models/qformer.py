@@ -113,10 +113,11 @@ class QFormer(nn.Module):
         )
         if torch.is_autocast_enabled(tokens.device.type):  # cast once, not once per layer
             tokens = tokens.to(torch.get_autocast_dtype(tokens.device.type))
+        attentions = [layer.cross_attention for layer in self.layers]
         return [
-            layer.cross_attention.project(tokens, self.ln_vision)
-            for layer in self.layers
-            if layer.cross_attention is not None
+            attention.project(tokens, self.ln_vision)
+            for attention in attentions
+            if isinstance(attention, CrossAttention)
         ]
 
     def embed_queries(self, rows: int) -> Tensor:

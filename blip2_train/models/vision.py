@@ -9,7 +9,9 @@ last feature map, one token per cell (CLIP ResNets: the map before attention poo
 """
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -54,12 +56,10 @@ class VisionTower(Frozen):
         self.tower = _create(name, image_size, weights, seed)
         if drop_last_block:
             _drop_last_block(name, self.tower)
-        pretrained = self.tower.pretrained_cfg
+        pretrained: dict[str, Any] = self.tower.pretrained_cfg  # type: ignore[assignment]
         self.image_size: int = image_size or pretrained["input_size"][-1]
-        # uint8 images are normalised on the device, with the statistics the weights expect
-        for key in ("mean", "std"):
-            value = torch.tensor(pretrained[key]).view(3, 1, 1)
-            self.register_buffer(key, value, persistent=False)
+        self.mean: tuple[float, ...] = pretrained["mean"]
+        self.std: tuple[float, ...] = pretrained["std"]
         self.tower.to(DTYPES[dtype])
         self.freeze()
         with torch.device("meta"):
@@ -72,10 +72,6 @@ class VisionTower(Frozen):
         """Of the features."""
         return next(self.tower.parameters()).dtype
 
-    def normalise(self, image: Tensor) -> Tensor:
-        """uint8 [B, 3, S, S] -> float32, scaled to [0, 1], minus mean, by standard deviation."""
-        return (image.float() / 255 - self.mean) / self.std
-
     @torch.no_grad()
     def forward(self, image: Tensor) -> Tensor:
         """Image tokens, without gradient and outside autocast.
@@ -87,7 +83,7 @@ class VisionTower(Frozen):
             [B, P, Dv] in the tower's dtype, before `ln_vision`.
         """
         if image.dtype == torch.uint8:
-            image = self.normalise(image)
+            image = normalise(image, self.mean, self.std)
         with torch.autocast(image.device.type, enabled=False):
             return image_tokens(self.tower, image.to(self.dtype))
 
@@ -98,6 +94,25 @@ class VisionTower(Frozen):
             sha.update(key.encode())
             sha.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
         return sha.hexdigest()
+
+
+def normalise(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Scales pixels to [0, 1] and normalises each channel, on any device.
+
+    Args:
+        image: uint8 [B, 3, S, S].
+        mean: per channel, in units of [0, 1].
+        std: per channel, in units of [0, 1].
+
+    Returns:
+        float32 [B, 3, S, S].
+    """
+    out = image.float().div_(255)
+    # Channel by channel with plain numbers: a tensor of means would be copied to the device in
+    # every step, and the host would wait for it.
+    for channel in range(out.shape[1]):
+        out[:, channel].sub_(mean[channel]).div_(std[channel])
+    return out
 
 
 def image_tokens(tower: nn.Module, image: Tensor) -> Tensor:

@@ -62,9 +62,7 @@ def _matching_counts(out: Mapping[str, Tensor]) -> dict[str, Tensor]:
     match = out["itm_labels"] == 1
     counts = ~match & (out["itm_row_weight"] > 0)
     values = (right & match, match, right & counts, counts, ~out["has_negative"])
-    return {
-        name: value.sum().double() for name, value in zip(ITM_COUNTS, values, strict=True)
-    }
+    return {name: value.sum().double() for name, value in zip(ITM_COUNTS, values, strict=True)}
 
 
 def chance_levels(config: LossConfig, contrastive: float, vocabulary: int) -> dict[str, float]:

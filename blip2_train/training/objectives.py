@@ -22,8 +22,9 @@ from blip2_train.distributed import (
 )
 from blip2_train.models.qformer import ImageGroups, ImageKV
 from blip2_train.models.stage1 import Blip2Stage1, ImageOutput
-from blip2_train.seeding import stable_seed
+from blip2_train.seeding import stable_hash
 
+ALONE = World()
 # Positions whose logits over the vocabulary are held at a time; more are recomputed in backward.
 LM_CHUNK = 2048
 
@@ -79,7 +80,7 @@ def stage1_step(
     *,
     uniform: Tensor | None = None,
     negatives: tuple[Tensor, Tensor] | None = None,
-    world: World = World(),
+    world: World = ALONE,
 ) -> dict[str, Tensor]:
     """Losses of one contrastive batch, and what they were computed from.
 
@@ -153,7 +154,7 @@ def draw_uniform(seed: int, step: int, part: int, samples: int, world: World) ->
     Returns:
         float64 [2, B] on the host: row 0 draws images, row 1 texts.
     """
-    generator = torch.Generator().manual_seed(stable_seed("negatives", seed, step, part))
+    generator = torch.Generator().manual_seed(stable_hash("negatives", seed, step, part))
     numbers = torch.rand(2, samples * world.size, generator=generator, dtype=torch.float64)
     return numbers[:, world.rank * samples : (world.rank + 1) * samples]
 
@@ -227,7 +228,10 @@ def _caption(
     else:
         parts = zip(selected.split(LM_CHUNK), targets.split(LM_CHUNK), strict=True)
         total = torch.stack(
-            [checkpoint(chunk_loss, states, wanted, use_reentrant=False) for states, wanted in parts]
+            [
+                checkpoint(chunk_loss, states, wanted, use_reentrant=False)
+                for states, wanted in parts
+            ]
         ).sum()
     return {"lm_hidden": hidden, "lm_selected": selected, "lm_targets": targets, "loss_lm": total}
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from blip2_train.config import BatchPlan
 from blip2_train.distributed import World, current_world
 from blip2_train.models.stage1 import Blip2Stage1
-from blip2_train.seeding import stable_seed
+from blip2_train.seeding import stable_hash
 from blip2_train.training.meter import Meter
 from blip2_train.training.objectives import LossConfig, draw_uniform, stage1_step
 from blip2_train.training.optimizer import learning_rate, parameter_groups
@@ -55,13 +55,11 @@ class Stage1Module(pl.LightningModule):
         world, step = current_world(), self.trainer.global_step
         part = batch_idx % self.batch.accumulate
         # seeded by the step: a resumed run needs no stored generator
-        torch.manual_seed(stable_seed("dropout", self.seed, step, part, world.rank))
+        torch.manual_seed(stable_hash("dropout", self.seed, step, part, world.rank))
         image_embeds = self.model.vision(batch["image"])
         samples = len(batch["image_id"])
         uniform = draw_uniform(self.seed, step, part, samples, world)
-        out = stage1_step(
-            self.model, image_embeds, batch, self.loss, uniform=uniform, world=world
-        )
+        out = stage1_step(self.model, image_embeds, batch, self.loss, uniform=uniform, world=world)
         self.meter.add(out)
         return out["loss"]
 
@@ -80,7 +78,9 @@ class Stage1Module(pl.LightningModule):
         """Of an optimizer step, counted from 0."""
         return learning_rate(step, lr=self.optimizer["lr"], **self.schedule)
 
-    def configure_gradient_clipping(self, optimizer: torch.optim.Optimizer, *_: Any, **__: Any) -> None:
+    def configure_gradient_clipping(
+        self, optimizer: torch.optim.Optimizer, *_: Any, **__: Any
+    ) -> None:
         """Measures the gradient, clips it, and has a non-finite step skipped on the device.
 
         DDP has averaged the gradients, so all ranks decide alike; the fused optimizer leaves
@@ -135,6 +135,6 @@ class Stage1Module(pl.LightningModule):
         tokens = torch.randn(2, 3, self.model.vision.width).to(parameter)
         batch = self.rehearsal_batch(image_tokens=False)
         uniform = torch.full((2, 2), 0.5, dtype=torch.float64)
-        return stage1_step(
-            self.model, tokens, batch, self.loss, uniform=uniform, world=World()
-        )["loss"]
+        return stage1_step(self.model, tokens, batch, self.loss, uniform=uniform, world=World())[
+            "loss"
+        ]

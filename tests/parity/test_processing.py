@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from PIL import Image
 from safetensors.torch import load_file
@@ -12,12 +13,16 @@ from safetensors.torch import load_file
 from blip2_train.data.batch import tokenise
 from blip2_train.data.text import clean_caption, clean_question, load_text_tokenizer
 from blip2_train.data.transforms import (
-    CLIP_MEAN,
-    CLIP_STD,
     EvalTransform,
     TrainTransform,
     draw_crop,
-    normalise,
+)
+from blip2_train.models.vision import normalise
+
+# The towers of the released models.
+TOWERS = (
+    "eva_giant_patch14_clip_224.laion400m",
+    "vit_large_patch14_clip_quickgelu_224.openai",
 )
 
 
@@ -56,8 +61,10 @@ def normalised(image: torch.Tensor, facts: dict) -> torch.Tensor:
 
 
 def test_the_constants_are_the_references(facts):
-    assert list(CLIP_MEAN) == facts["image_processing"]["mean"]
-    assert list(CLIP_STD) == facts["image_processing"]["std"]
+    for name in TOWERS:
+        weights = timm.get_pretrained_cfg(name)
+        assert list(weights.mean) == facts["image_processing"]["mean"]
+        assert list(weights.std) == facts["image_processing"]["std"]
 
 
 def test_the_eval_image(facts, case, tensors, image):

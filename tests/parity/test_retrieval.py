@@ -30,9 +30,7 @@ def test_retrieval(oracle: Path) -> None:
     assert_close(sims, want["itc_sims"], 2e-5, "itc_sims")
 
     everything = torch.arange(len(ids))
-    match = torch.stack(
-        [match_captions(model, f[None], ids, mask, everything) for f in features]
-    )
+    match = torch.stack([match_captions(model, f[None], ids, mask, everything) for f in features])
     assert_close(match, want["itm_scores"], 2e-5, "itm_scores")
 
     caption_image = torch.tensor(info["txt2img"])

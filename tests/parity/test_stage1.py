@@ -74,9 +74,7 @@ def test_losses_and_activations(oracle: Path, case: str) -> None:
     itm_mask = torch.cat([mask, mask, mask[want["neg_text_idx"]]])
     ours, theirs = out["itm_hidden"], want["itm_hidden"]
     assert_close(ours[:, :Q], theirs[:, :Q], 2e-5, "itm_hidden of queries")
-    assert_close(
-        ours[:, Q:][itm_mask], theirs[:, Q : Q + T][itm_mask], 2e-5, "itm_hidden of text"
-    )
+    assert_close(ours[:, Q:][itm_mask], theirs[:, Q : Q + T][itm_mask], 2e-5, "itm_hidden of text")
 
 
 @pytest.mark.parametrize("case", ["stage1_world1", "stage1_world1_image_id"])
@@ -189,7 +187,6 @@ def test_six_optimizer_steps(oracle: Path) -> None:
 
 def test_decay_groups(oracle: Path) -> None:
 
-
     facts = json.loads((oracle / "facts.json").read_text())["weight_decay"]
     info, tensors = load_case(oracle, "stage1_world1")
     model = build_stage1(info, section(tensors, "weights/"))
@@ -202,8 +199,6 @@ def test_decay_groups(oracle: Path) -> None:
 
 
 def test_schedule_of_the_reference(oracle: Path) -> None:
-
-
 
     facts = json.loads((oracle / "facts.json").read_text())["lr_schedule"]
     for title, wanted in facts["runs"].items():

@@ -1,4 +1,4 @@
-"""The image tower equals the reference's: a timm EVA built small, loaded through the LAVIS names."""
+"""The image tower equals the reference's: a small timm EVA, by LAVIS names."""
 
 from pathlib import Path
 

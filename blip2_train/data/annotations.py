@@ -1,0 +1,194 @@
+"""Caption annotations, and readers of the JSON formats (those of text tables are in tables.py).
+
+Each reader returns the records in the order of the file and lists every line or entry it could not
+use; a file that is not of the format at all is a `UserError`. Captions stay as annotated.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from blip2_train.errors import UserError
+
+NO_CAPTION = "no caption"
+
+
+@dataclass(frozen=True)
+class Record:
+    """One image and its captions."""
+
+    image: str  # path relative to the image folder
+    image_id: Any  # same id = same image; any JSON type
+    captions: list[str]  # verbatim, none of them blank
+    split: str
+
+
+@dataclass(frozen=True)
+class Annotations:
+    """What a caption file holds."""
+
+    records: list[Record] = field(default_factory=list)
+    problems: list[tuple[str, str]] = field(default_factory=list)  # (where, reason)
+
+
+class Collector:
+    """Groups captions by image, images in order of first appearance."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.name
+        self._images: dict[str, tuple[Any, str, list[str]]] = {}
+        self._problems: list[tuple[str, str]] = []
+
+    def problem(self, where: object, reason: str) -> None:
+        """List what could not be used at `where` (a line number, an entry) of the file."""
+        self._problems.append((f"{self._file}:{where}", reason))
+
+    def image(self, image: str, image_id: Any, split: str) -> None:
+        """Announce an image; later announcements of the same image change nothing."""
+        self._images.setdefault(image, (image_id, split, []))
+
+    def caption(self, image: str, caption: Any, where: object) -> None:
+        """Add a caption, verbatim, to an image that was announced; list it if it is none."""
+        if not isinstance(caption, str):
+            self.problem(where, f"caption is not a string: {type(caption).__name__}")
+        elif any("\ud800" <= letter <= "\udfff" for letter in caption):
+            self.problem(where, "caption is not Unicode text")
+        elif not caption.strip():
+            self.problem(where, "empty caption")
+        else:
+            self._images[image][2].append(caption)
+
+    def entry(self, entry: dict[str, Any], split: str, where: object) -> None:
+        """Add an object with `image`, its caption or captions, and maybe its `image_id`."""
+        image, image_id = entry["image"], entry.get("image_id")
+        self.image(image, image if image_id is None else image_id, split)
+        captions = entry.get("captions", entry.get("caption"))
+        for caption in captions if isinstance(captions, list) else [captions]:
+            self.caption(image, caption, where)
+
+    def finish(self) -> Annotations:
+        """Give the images that have a caption, and list those that have none."""
+        records = []
+        for image, (image_id, split, captions) in self._images.items():
+            if captions:
+                records.append(Record(image, image_id, captions, split))
+            else:
+                self._problems.append((image, NO_CAPTION))
+        return Annotations(records, self._problems)
+
+
+def read_coco(path: Path, split: str) -> Annotations:
+    """Read the official COCO captions JSON (`images`, `annotations`).
+
+    Args:
+        path: `captions_train2017.json` and the like.
+        split: the split of all its images.
+
+    Raises:
+        UserError: not such a file.
+    """
+    data = _load_json(path)
+    images = _list_of_objects(path, data, "images", {"id", "file_name"})
+    annotations = _list_of_objects(path, data, "annotations", {"image_id", "caption"})
+    collector = Collector(path)
+    names: dict[Any, str] = {}
+    for entry in images:
+        name = _text(path, entry, "file_name")
+        names[_hashable(path, entry["id"])] = name
+        collector.image(name, entry["id"], split)
+    for number, entry in enumerate(annotations):
+        where = f"annotation {entry.get('id', number)}"
+        image = names.get(_hashable(path, entry["image_id"]))
+        if image is None:
+            collector.problem(where, f"unknown image: id {entry['image_id']}")
+        else:
+            collector.caption(image, entry["caption"], where)
+    return collector.finish()
+
+
+def read_karpathy(path: Path, restval: str = "train") -> Annotations:
+    """Read a Karpathy-split JSON (`dataset_coco.json`, `dataset_flickr30k.json`, ...).
+
+    The id of an image is its COCO id, or its file name: `imgid` only counts the images of one data
+    set and would make images of two data sets one.
+
+    Args:
+        path: the JSON file.
+        restval: the split of the images in COCO's `restval`.
+
+    Raises:
+        UserError: not such a file.
+    """
+    entries = _list_of_objects(path, _load_json(path), "images", {"filename", "sentences", "split"})
+    collector = Collector(path)
+    for number, entry in enumerate(entries):
+        image = "/".join(filter(None, (entry.get("filepath"), _text(path, entry, "filename"))))
+        split = _text(path, entry, "split")
+        collector.image(image, entry.get("cocoid", image), restval if split == "restval" else split)
+        sentences = _list_of_objects(path, entry, "sentences", {"raw"})
+        for k, sentence in enumerate(sentences):
+            collector.caption(image, sentence["raw"], f"image {number}, sentence {k}")
+    return collector.finish()
+
+
+def read_lavis(path: Path, split: str, strip: str = "") -> Annotations:
+    """Read a JSON list as LAVIS and BLIP publish them: `[{"image", "caption", "image_id"?}, ...]`.
+
+    Training lists repeat an image once per caption; they are grouped by image. Where there is no
+    id, the image's path is the id.
+
+    Args:
+        path: `coco_karpathy_train.json`, `vg_caption.json` and the like.
+        split: the split of all its images.
+        strip: dropped from the front of the images' paths, where they have it; published lists
+            hold paths of their authors' machines.
+
+    Raises:
+        UserError: not such a file.
+    """
+    entries = _list_of_objects(path, {"": _load_json(path)}, "", {"image", "caption"})
+    collector = Collector(path)
+    for number, entry in enumerate(entries):
+        image = _text(path, entry, "image").removeprefix(strip)
+        collector.entry({**entry, "image": image}, split, f"entry {number}")
+    return collector.finish()
+
+
+def _load_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from None
+
+
+def _list_of_objects(path: Path, data: Any, name: str, fields: set[str]) -> list[dict[str, Any]]:
+    """Take list `name` out of `data` ("" for a file that is a list) and check its entries' keys."""
+    what = f'"{name}"' if name else "the file"
+    entries = data.get(name) if isinstance(data, dict) else None
+    if not isinstance(entries, list):
+        raise UserError(f"{path} has another schema: {what} should be a list of objects")
+    for number, entry in enumerate(entries):
+        if not isinstance(entry, dict) or not fields <= entry.keys():
+            raise UserError(
+                f"{path} has another schema: entry {number} of {what} should be an object with "
+                + ", ".join(sorted(fields))
+            )
+    return entries
+
+
+def _text(path: Path, entry: dict[str, Any], name: str) -> str:
+    value = entry[name]
+    if not isinstance(value, str) or not value:
+        raise UserError(f'{path} has another schema: "{name}" is {value!r}, not a name')
+    return value
+
+
+def _hashable(path: Path, value: Any) -> int | str:
+    if not isinstance(value, (int, str)):
+        raise UserError(f"{path} has another schema: {value!r} is not an image id")
+    return value

@@ -1,0 +1,180 @@
+"""Image bytes of any origin to an upright RGB picture, or one `BadImage` with a short reason.
+
+Colour profiles are ignored, as in the reference: values are those of the file.
+"""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+# An allow-list: other PIL plugins run programs (EPS) or are not meant for photographs.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+MAX_PIXELS = 100_000_000
+MAX_JPEG_SIDE = 65_500  # what libjpeg writes
+
+_ORIENTATION_TAG = 0x0112
+_UPRIGHT = {  # EXIF orientation -> what to do about it
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class BadImage(ValueError):
+    """The bytes are no usable image; the message is `reason` or `reason: detail`."""
+
+
+def load_rgb(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Decode an image: first frame, EXIF orientation applied, transparency put on white, RGB.
+
+    Args:
+        data: a JPEG, PNG, WebP, GIF, BMP or TIFF file.
+        max_pixels: largest width times height; checked in the header, before anything is decoded.
+
+    Raises:
+        BadImage: too large, truncated, damaged, of another format. No bytes raise anything else.
+    """
+    try:
+        image = _decode(data, max_pixels)
+        return _to_rgb(_turn(image, _orientation(image)))
+    except BadImage:
+        raise
+    except Exception as error:  # decoders of damaged bytes raise almost anything
+        raise _bad_image(error) from error
+
+
+def to_jpeg(
+    data: bytes, *, short_side: int, quality: int, max_pixels: int = MAX_PIXELS
+) -> tuple[bytes, int, int]:
+    """Turn image bytes into what a shard stores: an upright RGB JPEG, shrunk to `short_side`.
+
+    An upright RGB JPEG that is no larger already is returned as it is, after it was decoded in
+    full to be sure of it: encoding twice only loses.
+
+    Args:
+        data: as for `load_rgb`.
+        short_side: length of the shorter side in pixels, 0 to keep the size; never enlarged.
+        quality: of a new JPEG, 1 to 95.
+        max_pixels: as for `load_rgb`.
+
+    Returns:
+        The JPEG, its width and its height.
+
+    Raises:
+        BadImage: as for `load_rgb`, or too long for a JPEG.
+    """
+    try:
+        image = _decode(data, max_pixels)
+        orientation = _orientation(image)
+        small = not short_side or min(image.size) <= short_side
+        if small and image.format == "JPEG" and image.mode == "RGB" and orientation == 1:
+            return data, *image.size
+        image = _to_rgb(_turn(image, orientation))
+        if not small:
+            image = image.resize(_shrunk(image.size, short_side), Image.Resampling.LANCZOS)
+        if max(image.size) > MAX_JPEG_SIDE:
+            raise BadImage(f"too long for a JPEG: {image.width}x{image.height}")
+        return encode_jpeg(image, quality), *image.size
+    except BadImage:
+        raise
+    except Exception as error:  # as in load_rgb
+        raise _bad_image(error) from error
+
+
+def encode_jpeg(image: Image.Image, quality: int) -> bytes:
+    """Encode an RGB image as a bare JPEG, without EXIF and colour profile."""
+    buffer = io.BytesIO()
+    image.info.clear()  # PIL would write a profile and comment that it finds there
+    image.save(buffer, "JPEG", quality=quality)
+    return buffer.getvalue()
+
+
+def _decode(data: bytes, max_pixels: int) -> Image.Image:
+    """Open and load the first frame, as stored."""
+    _check_pixels(_webp_size(data), max_pixels)
+    image = Image.open(io.BytesIO(data), formats=FORMATS)
+    _check_pixels(image.size, max_pixels)
+    image.load()
+    return image
+
+
+def _check_pixels(size: tuple[int, int], max_pixels: int) -> None:
+    if size[0] * size[1] > max_pixels:
+        raise BadImage(f"too large: {size[0]}x{size[1]} is more than {max_pixels} pixels")
+
+
+def _webp_size(data: bytes) -> tuple[int, int]:
+    """Width and height of an extended WebP file, else (0, 0).
+
+    PIL allocates the canvas of a WebP file when it opens it, before the size can be asked.
+    """
+    if data[:4] != b"RIFF" or data[8:16] != b"WEBPVP8X" or len(data) < 30:
+        return 0, 0
+    return 1 + int.from_bytes(data[24:27], "little"), 1 + int.from_bytes(data[27:30], "little")
+
+
+def _orientation(image: Image.Image) -> int | None:
+    """EXIF orientation, 1 (upright) to 8; None where the EXIF block cannot be read."""
+    try:
+        value = image.getexif().get(_ORIENTATION_TAG, 1)
+    except Exception:  # a damaged block says nothing about the pixels
+        return None
+    return value if value in _UPRIGHT else 1
+
+
+def _turn(image: Image.Image, orientation: int | None) -> Image.Image:
+    method = _UPRIGHT.get(orientation or 1)
+    if method is None:
+        return image
+    turned = image.transpose(method)
+    turned.info = image.info  # holds the transparent colour, which transpose drops
+    return turned
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """Convert any PIL mode to RGB, transparent parts to white."""
+    if image.mode == "F" or image.mode.startswith("I"):
+        return _gray_to_rgb(image)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGB", image.size, "white")
+        white.paste(image, mask=image.getchannel("A"))
+        return white
+    return image.convert("RGB")
+
+
+def _gray_to_rgb(image: Image.Image) -> Image.Image:
+    """Scale gray of more than 8 bits to 8; PIL's own conversion clips at 255."""
+    gray = np.asarray(image).astype(np.float32)  # exact up to 24 bits
+    gray = np.nan_to_num(gray, nan=0.0, posinf=0.0, neginf=0.0).clip(min=0.0)
+    scales = [65535.0] if image.mode != "F" else [1.0, 255.0, 65535.0]  # full scale, if it fits
+    white = next((scale for scale in scales if gray.max(initial=0.0) <= scale), gray.max())
+    pixels = np.rint(gray * (255.0 / white)).astype(np.uint8)
+    transparent = image.info.get("transparency")
+    if isinstance(transparent, int):
+        pixels[gray == transparent] = 255
+    return Image.fromarray(pixels).convert("RGB")
+
+
+def _shrunk(size: tuple[int, int], short_side: int) -> tuple[int, int]:
+    scale = short_side / min(size)
+    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
+
+
+def _bad_image(error: Exception) -> BadImage:
+    """Say in one short line, without addresses and paths, what went wrong."""
+    if isinstance(error, UnidentifiedImageError):
+        return BadImage("not a readable image")
+    if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
+        return BadImage("too large: refused by PIL from its header")
+    if isinstance(error, MemoryError):
+        return BadImage("too large: not enough memory to decode it")
+    detail = " ".join(str(error).split())[:100]
+    return BadImage(f"undecodable: {detail or type(error).__name__}")

@@ -1,0 +1,214 @@
+"""Where the published data sets keep their files, and which reader each file needs.
+
+Every function takes what the user gave and returns the annotations with their image folders. ROOT
+is searched by the official names only; whatever was given explicitly comes first.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from blip2_train.data.annotations import Annotations, read_coco, read_karpathy, read_lavis
+from blip2_train.data.plan import Source
+from blip2_train.data.tables import apply_splits, read_captions, read_split_lists
+from blip2_train.errors import UserError
+
+IMAGE_FOLDERS = (
+    "Images",
+    "images",
+    "flickr30k-images",
+    "flickr30k_images",
+    "Flickr8k_Dataset/Flicker8k_Dataset",  # the official archive spells it so
+    "Flicker8k_Dataset",
+)
+FLICKR8K_CAPTIONS = (
+    "Flickr8k.token.txt",
+    "Flickr8k_text/Flickr8k.token.txt",
+    "captions.txt",
+    "dataset_flickr8k.json",
+)
+FLICKR8K_LISTS = {
+    "train": "Flickr_8k.trainImages.txt",
+    "val": "Flickr_8k.devImages.txt",
+    "test": "Flickr_8k.testImages.txt",
+}
+FLICKR30K_CAPTIONS = (
+    "dataset_flickr30k.json",
+    "results_20130124.token",
+    "results.csv",
+    "flickr30k_images/results.csv",
+)
+FOLDER_CAPTIONS = ("captions.csv", "captions.jsonl", "captions.txt")
+COCO_YEARS = ("2017", "2014")
+
+
+@dataclass(frozen=True)
+class Given:
+    """What the user gave: a folder in the official layout, or its parts, or both."""
+
+    root: Path | None = None
+    images: Path | None = None
+    annotations: list[tuple[str | None, Path]] = field(default_factory=list)  # (split, file)
+    split: str | None = None  # of every file that does not say
+    split_lists: list[tuple[str, Path]] = field(default_factory=list)  # (split, file)
+    year: str | None = None  # of COCO
+    restval: str = "train"  # split of Karpathy's restval
+    strip: str = ""  # dropped from the front of the paths in LAVIS's lists
+
+
+def coco(given: Given) -> list[Source]:
+    """COCO captions in the official layout, or any files of that schema."""
+    if given.annotations:
+        images = given.images or _need_root(given)
+        return [
+            Source("coco", path, images, read_coco(path, _split(path, split, given)))
+            for split, path in given.annotations
+        ]
+    root = _need_root(given)
+    years = (given.year,) if given.year else COCO_YEARS
+    files = {
+        year: [
+            (split, root / "annotations" / f"captions_{split}{year}.json", root / f"{split}{year}")
+            for split in ("train", "val")
+            if (root / "annotations" / f"captions_{split}{year}.json").is_file()
+        ]
+        for year in years
+    }
+    found = [year for year in years if files[year]]
+    if len(found) != 1:
+        names = ", ".join(f"annotations/captions_{{train,val}}{year}.json" for year in years)
+        raise UserError(
+            f"{root} holds both years of COCO: choose one with --year"
+            if found
+            else f"{root} has no COCO captions, looked for {names}"
+        )
+    # The captions come in one archive for train and val, the images in one each.
+    there = [entry for entry in files[found[0]] if given.images or entry[2].is_dir()]
+    if not there:
+        folders = ", ".join(folder.name for _, _, folder in files[found[0]])
+        raise UserError(f"{root} has captions but no image folder ({folders})")
+    return [
+        Source("coco", path, given.images or folder, read_coco(path, given.split or split))
+        for split, path, folder in there
+    ]
+
+
+def karpathy(given: Given) -> list[Source]:
+    """The data set of a Karpathy-split JSON."""
+    names = sorted(path.name for path in given.root.glob("dataset*.json")) if given.root else []
+    if len(names) > 1 and not given.annotations:
+        raise UserError(f"{given.root} holds {', '.join(names)}: choose one with --annotations")
+    path = _one_file(given, names, "dataset*.json")
+    return [_source(path.stem, path, given, read_karpathy(path, given.restval))]
+
+
+def lavis(given: Given) -> list[Source]:
+    """JSON lists as LAVIS and BLIP publish them, one per split."""
+    if not given.annotations:
+        raise UserError("give the JSON lists: --annotations [SPLIT=]FILE ...")
+    return [
+        _source(path.stem, path, given, read_lavis(path, _split(path, split, given), given.strip))
+        for split, path in given.annotations
+    ]
+
+
+def flickr30k(given: Given) -> list[Source]:
+    """Flickr30k: Karpathy's JSON, the token file or the Kaggle table."""
+    return [_flickr("flickr30k", given, FLICKR30K_CAPTIONS, [])]
+
+
+def flickr8k(given: Given) -> list[Source]:
+    """Flickr8k: the token file or the Kaggle table with the official lists, or Karpathy's JSON."""
+    lists = []
+    for split, name in FLICKR8K_LISTS.items():
+        places = [given.root / name, given.root / "Flickr8k_text" / name] if given.root else []
+        lists += [(split, path) for path in places if path.is_file()][:1]
+    return [_flickr("flickr8k", given, FLICKR8K_CAPTIONS, lists)]
+
+
+def folder(given: Given) -> list[Source]:
+    """A folder of images with a table of captions."""
+    path = _one_file(given, FOLDER_CAPTIONS, ", ".join(FOLDER_CAPTIONS))
+    annotations = read_captions(path, given.split or "train")
+    return [_source("folder", path, given, _listed(annotations, given.split_lists))]
+
+
+LAYOUTS: dict[str, Callable[[Given], list[Source]]] = {
+    "coco": coco,
+    "karpathy": karpathy,
+    "lavis": lavis,
+    "flickr30k": flickr30k,
+    "flickr8k": flickr8k,
+    "folder": folder,
+}
+
+
+def _flickr(
+    name: str, given: Given, captions: tuple[str, ...], lists: list[tuple[str, Path]]
+) -> Source:
+    path = _one_file(given, captions, ", ".join(captions))
+    if path.suffix == ".json":
+        if given.split:
+            raise UserError(f"{path} says the split of each image: leave --split out")
+        annotations = _listed(read_karpathy(path), given.split_lists)
+    else:
+        lists = given.split_lists or ([] if given.split else lists)
+        if not lists and not given.split:
+            raise UserError(
+                f"{path} does not say the splits: give --split-list train=FILE val=FILE ..., "
+                "or --split NAME for all images"
+            )
+        annotations = _listed(read_captions(path, given.split or ""), lists)
+    return _source(name, path, given, annotations)
+
+
+def _listed(annotations: Annotations, lists: list[tuple[str, Path]]) -> Annotations:
+    return apply_splits(annotations, read_split_lists(lists)) if lists else annotations
+
+
+def _need_root(given: Given) -> Path:
+    if given.root is None:
+        raise UserError("give ROOT, the folder of the data set, or --annotations and --images")
+    return given.root
+
+
+def _one_file(given: Given, names: tuple[str, ...] | list[str], looked_for: str) -> Path:
+    """The annotation file: the one given, else the first of `names` that ROOT has."""
+    if len(given.annotations) > 1:
+        raise UserError("--annotations takes one file here")
+    for split, path in given.annotations:
+        if split is not None:
+            raise UserError(f"{split}={path}: give the split with --split here")
+        return path
+    root = _need_root(given)
+    for name in names:
+        if (root / name).is_file():
+            return root / name
+    raise UserError(f"{root} has no caption file, looked for {looked_for}; or give --annotations")
+
+
+def _split(path: Path, split: str | None, given: Given) -> str:
+    """The split of a file: the one given, else what its name says (`coco_karpathy_val` -> val)."""
+    if split or given.split:
+        return split or given.split or ""
+    match = re.search(r"(?:^|[^a-z])(train|val|dev|test)(?:[^a-z]|$)", path.stem.lower())
+    if match is None:
+        raise UserError(f"which split is {path}? Give --annotations SPLIT={path} or --split NAME")
+    return "val" if match[1] == "dev" else match[1]
+
+
+def _source(name: str, path: Path, given: Given, annotations: Annotations) -> Source:
+    """Find the folder that the records' image paths start at."""
+    if given.images is not None:
+        return Source(name, path, given.images, annotations)
+    root = _need_root(given)
+    folders = [folder for folder in (root, *map(root.joinpath, IMAGE_FOLDERS)) if folder.is_dir()]
+    # The first few records will do: some images may be missing, not the first hundred of them.
+    for record in annotations.records[:100]:
+        for images in folders:
+            if (images / record.image).is_file():
+                return Source(name, path, images, annotations)
+    return Source(name, path, folders[-1] if folders else root, annotations)

@@ -1,0 +1,193 @@
+"""Which sample stands at which place: pure functions of (seed, position), no file is opened here.
+
+Nothing depends on ranks, loader workers or on what was drawn before, so any place of the order can
+be looked up directly: resuming in the middle costs what starting costs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from fractions import Fraction
+
+import numpy as np
+
+from blip2_train.errors import UserError
+
+# Third word of the entropy: keeps the streams of shards and of samples apart.
+_SHARDS, _SAMPLES = 0, 1
+
+
+def permutation(entropy: Sequence[int], length: int) -> np.ndarray:
+    """Return a permutation of `range(length)`, int64 [length], that no release of numpy changes.
+
+    NumPy guarantees the raw output of a bit generator for ever, but not `Generator.permutation`.
+
+    Args:
+        entropy: what the permutation is a function of, non-negative integers.
+        length: number of items.
+    """
+    bits = np.random.PCG64(np.random.SeedSequence(entropy)).random_raw(length)
+    return np.argsort(bits, kind="stable").astype(np.int64, copy=False)
+
+
+class ShuffledOrder:
+    """The endless shuffled order of one source: from a global index to a sample.
+
+    In each epoch the shards are permuted, then samples are permuted inside windows of consecutive
+    permuted shards, so that a reader needs only one window's shards at a time. Every epoch holds
+    every sample exactly once. Memory: 16 bytes per shard and 8 bytes per sample of one window.
+    """
+
+    def __init__(self, shard_sizes: Sequence[int], seed: int, shuffle_window: int) -> None:
+        """Describe the order.
+
+        Args:
+            shard_sizes: samples of each shard, in a fixed order.
+            seed: non-negative.
+            shuffle_window: shards whose samples are mixed with each other.
+
+        Raises:
+            UserError: a value out of range, or no sample at all.
+        """
+        self._sizes = np.asarray(shard_sizes, dtype=np.int64)
+        self.num_samples = int(self._sizes.sum())
+        if self.num_samples == 0 or self._sizes.min() < 0:
+            raise UserError(
+                f"{self.num_samples} samples in {len(shard_sizes)} shards: none to draw."
+            )
+        if seed < 0:
+            raise UserError(f"seed={seed} is negative; give 0 or more.")
+        if shuffle_window < 1:
+            raise UserError(f"data.shuffle_window={shuffle_window} shards; give 1 or more.")
+        self._seed = seed
+        self._window = shuffle_window
+        # One epoch's shards and one window's samples: the order is read front to back, so the
+        # neighbours of the last place looked up are what is asked for next.
+        self._epoch = -1
+        self._shards = self._ends = np.empty(0, dtype=np.int64)
+        self._samples_of: tuple[int, int] = (-1, -1)
+        self._samples = np.empty(0, dtype=np.int64)
+
+    def locate(self, n: int) -> tuple[int, int, int]:
+        """Return where the sample at place `n` of the order lies.
+
+        Args:
+            n: global index, 0 or more; epochs follow each other without a gap.
+
+        Returns:
+            Epoch, shard (index into `shard_sizes`), and index of the sample in that shard.
+        """
+        epoch, place = divmod(n, self.num_samples)
+        if epoch != self._epoch:
+            self._shards = permutation([self._seed, epoch, _SHARDS, 0], len(self._sizes))
+            self._ends = np.cumsum(self._sizes[self._shards])
+            self._epoch = epoch
+        window = int(np.searchsorted(self._ends, place, side="right")) // self._window
+        first = window * self._window
+        last = min(first + self._window, len(self._shards))
+        start = int(self._ends[first - 1]) if first else 0
+        if self._samples_of != (epoch, window):
+            length = int(self._ends[last - 1]) - start
+            self._samples = permutation([self._seed, epoch, _SAMPLES, window], length)
+            self._samples_of = (epoch, window)
+        place = start + int(self._samples[place - start])
+        slot = int(np.searchsorted(self._ends, place, side="right"))
+        before = int(self._ends[slot - 1]) if slot else 0
+        return epoch, int(self._shards[slot]), place - before
+
+
+class Mixture:
+    """How sources interleave: sample by sample, in proportion to their weights.
+
+    Error diffusion: the next sample comes from the source that is furthest behind its share, the
+    one with the smallest (drawn + 1/2) / weight; the first such source on a tie. The only state is
+    the number drawn from each source. In this form the places of a source are an arithmetic
+    progression, so a jump over any number of samples is computed, not walked (`advance`). All
+    arithmetic is in integers: a weight counts as the decimal number that was written.
+    """
+
+    def __init__(self, weights: Mapping[str, float]) -> None:
+        """Describe the mixture.
+
+        Args:
+            weights: relative weight of each source; only their ratios count.
+
+        Raises:
+            UserError: there is no source, or a weight is not a positive number.
+        """
+        if not weights:
+            raise UserError("data.sources is empty; name at least one source.")
+        for name, weight in weights.items():
+            if not (math.isfinite(weight) and weight > 0):
+                raise UserError(
+                    f"data.sources.{name}.weight={weight} must be positive; remove the source "
+                    "to leave it out."
+                )
+        exact = {name: Fraction(str(weight)) for name, weight in weights.items()}
+        common = math.lcm(*(weight.denominator for weight in exact.values()))
+        shares = {name: int(weight * common) for name, weight in exact.items()}
+        multiple = math.lcm(*shares.values())
+        # Source s gives its sample j (from 0) at time (2 j + 1) * stride[s].
+        self._stride = {name: multiple // share for name, share in shares.items()}
+        self.names = tuple(weights)
+
+    def next_source(self, counts: Mapping[str, int]) -> str:
+        """Return the source of the next sample.
+
+        Args:
+            counts: samples drawn so far from each source.
+        """
+        return min(self.names, key=lambda name: (2 * counts[name] + 1) * self._stride[name])
+
+    def run(self, counts: Mapping[str, int], length: int) -> Iterator[tuple[str, int]]:
+        """Walk over the next `length` samples.
+
+        Args:
+            counts: samples drawn from each source before the walk; not changed.
+            length: samples to walk over.
+
+        Yields:
+            The source and the index within that source.
+        """
+        counts = dict(counts)
+        for _ in range(length):
+            name = self.names[0] if len(self.names) == 1 else self.next_source(counts)
+            yield name, counts[name]
+            counts[name] += 1
+
+    def advance(self, counts: Mapping[str, int], length: int) -> dict[str, int]:
+        """Return the counts after `length` more samples: those of `run`, without the walk.
+
+        Args:
+            counts: samples drawn so far from each source; not changed.
+            length: samples to draw, 0 or more.
+        """
+        if len(self.names) == 1:
+            return {self.names[0]: counts[self.names[0]] + length}
+        target = sum(counts[name] for name in self.names) + length
+        late = self._counts_at(counts, 1)
+        low, high = (
+            0,
+            1,
+        )  # less than `length` samples are drawn by `low`, at least so many by `high`
+        while sum(late.values()) < target:
+            low, high = high, 2 * high
+            late = self._counts_at(counts, high)
+        while high - low > 1:
+            middle = (low + high) // 2
+            if sum(self._counts_at(counts, middle).values()) < target:
+                low = middle
+            else:
+                high = middle
+        counts = self._counts_at(counts, low) if length else dict(counts)
+        for _ in range(target - sum(counts.values())):  # those that tie at time `high`
+            counts[self.next_source(counts)] += 1
+        return counts
+
+    def _counts_at(self, counts: Mapping[str, int], time: int) -> dict[str, int]:
+        """Return how many samples each source has given when all due up to `time` are drawn."""
+        return {
+            name: max(counts[name], (time // stride + 1) // 2)
+            for name, stride in self._stride.items()
+        }

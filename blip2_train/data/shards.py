@@ -1,0 +1,330 @@
+"""Shards: plain WebDataset tars beside an index, so that any sample is one seek away.
+
+A folder of shards holds
+    <split>-000000.tar              samples; one sample = consecutive members <key>.jpg, <key>.json
+    <split>-000000.tar.offsets.npy  int64 [samples, 2], first and past-the-end byte of each sample
+    index.json                      {tar name: {"split", "samples", "bytes", "sha256"}}
+
+What is looked at inside a tar, and what is refused, is in tar.py.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import re
+import tarfile
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from blip2_train.data.atomic import atomic_writer, write_json
+from blip2_train.data.tar import (
+    MAX_SAMPLE_BYTES,
+    RawSample,
+    SampleError,
+    key_and_extension,
+    raw_sample,
+    tar_members,
+)
+from blip2_train.errors import UserError
+
+__all__ = [
+    "RawSample",
+    "SampleError",
+    "ShardError",
+    "ShardInfo",
+    "ShardReader",
+    "file_sha256",
+    "offsets_path",
+    "read_index",
+    "scan_tar",
+    "split_of",
+    "write_index",
+    "write_offsets",
+    "write_shard",
+]
+
+INDEX_NAME = "index.json"
+
+
+class ShardError(RuntimeError):
+    """The shard itself is unusable: missing, cut, damaged, or not what its index says."""
+
+
+@dataclass(frozen=True)
+class ShardInfo:
+    """What the index says about one shard."""
+
+    name: str  # file name inside its folder
+    split: str
+    samples: int
+    bytes: int  # size of the tar
+    sha256: str  # of the tar, hexadecimal
+
+
+# ------------------------------------------------------------------------------------ the index
+
+
+def read_index(folder: Path) -> dict[str, ShardInfo]:
+    """Read `folder/index.json`.
+
+    Returns:
+        Shards by file name, in the order of the file.
+
+    Raises:
+        UserError: there is no index, or it is not one.
+    """
+    path = Path(folder) / INDEX_NAME
+    try:
+        table = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise UserError(
+            f"{folder} has no {INDEX_NAME}: if blip2-prepare was interrupted there, run the same "
+            f"command again; for tars from elsewhere run `blip2-prepare index {folder}`"
+        ) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read as JSON: {error}") from None
+    if not isinstance(table, dict):
+        raise UserError(f"{path} must hold an object {{file name: shard}}")
+    return {name: _shard_info(path, name, entry) for name, entry in table.items()}
+
+
+def write_index(folder: Path, shards: Iterable[ShardInfo]) -> None:
+    """Write `folder/index.json`, sorted by file name, atomically."""
+    table: dict[str, dict[str, Any]] = {}
+    for shard in sorted(shards, key=lambda shard: shard.name):
+        entry = asdict(shard)
+        table[entry.pop("name")] = entry
+    write_json(Path(folder) / INDEX_NAME, table)
+
+
+def _shard_info(path: Path, name: str, entry: Any) -> ShardInfo:
+    """Check one index entry: an index may come from a stranger, names must stay in the folder."""
+    fields: dict[str, type] = {"split": str, "samples": int, "bytes": int, "sha256": str}
+    if Path(name).name != name or name in ("", ".", ".."):
+        raise UserError(f"{path}: {name!r} is not a plain file name")
+    if not isinstance(entry, Mapping):
+        raise UserError(f"{path}: the entry of {name!r} must be an object with {', '.join(fields)}")
+    for field, kind in fields.items():
+        value = entry.get(field)
+        if type(value) is not kind or (isinstance(value, int) and value < 0):
+            raise UserError(f"{path}: {field!r} of {name!r} is {value!r}, not a {kind.__name__}")
+    return ShardInfo(name, **{field: entry[field] for field in fields})
+
+
+# -------------------------------------------------------------------------------- whole shards
+
+
+def offsets_path(path: Path) -> Path:
+    """Where the offsets of the shard at `path` are."""
+    return path.with_name(path.name + ".offsets.npy")
+
+
+def split_of(name: str) -> str | None:
+    """The split that a shard's file name says (`val-000012.tar` -> `val`), or None."""
+    match = re.fullmatch(r"([A-Za-z]\w*)[-_]\d+\.tar", name)
+    return match[1] if match else None
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def scan_tar(path: Path) -> np.ndarray:
+    """Find the samples of any uncompressed WebDataset tar by reading its headers.
+
+    Consecutive members with one key (the path up to the first dot of its last part) are a sample;
+    members that are not regular files or have no extension of the allow-list are not looked at.
+
+    Returns:
+        int64 [samples, 2], first and past-the-end byte of each sample.
+
+    Raises:
+        ShardError: the file cannot be read as a whole tar; a cut tar or one with a damaged header
+            is refused rather than read up to there.
+    """
+    spans: list[list[int]] = []
+    previous: str | None = None
+    try:
+        with path.open("rb") as file:
+            for member, end in tar_members(file):
+                key, extension = key_and_extension(member)
+                if extension is None:
+                    continue
+                if key == previous:
+                    spans[-1][1] = end
+                else:
+                    spans.append([member.offset, end])
+                previous = key
+    except FileNotFoundError:
+        raise ShardError(f"{path} does not exist") from None
+    except Exception as error:  # see tar_members
+        raise ShardError(f"{path} is not a whole, uncompressed tar file: {error}") from error
+    return np.asarray(spans, dtype=np.int64).reshape(-1, 2)
+
+
+def write_offsets(path: Path, offsets: np.ndarray) -> None:
+    """Write the offsets of the shard at `path` beside it, atomically."""
+    with atomic_writer(offsets_path(path)) as file:
+        np.save(file, offsets, allow_pickle=False)
+
+
+def write_shard(path: Path, samples: Iterable[dict[str, Any]]) -> ShardInfo:
+    """Write a shard and its offsets; the same samples always give the same bytes.
+
+    Args:
+        path: `FOLDER/<split>-<number>.tar`; the folder exists.
+        samples: WebDataset samples: `__key__` (unique, ASCII, without dots) and one value per
+            extension, bytes or, for `json`, anything that JSON can hold.
+
+    Returns:
+        The shard's entry for the index.
+    """
+    # The standard library writes the same archive as webdataset's TarWriter, without its import of
+    # torch (seconds in each worker process of blip2-prepare).
+    count = 0
+    with atomic_writer(path) as file:
+        with tarfile.open(fileobj=file, mode="w:", format=tarfile.USTAR_FORMAT) as tar:
+            for sample in samples:
+                count += 1
+                for extension in sorted(sample.keys() - {"__key__"}):
+                    value = sample[extension]
+                    if not isinstance(value, bytes):
+                        value = json.dumps(value).encode("ascii")
+                    member = tarfile.TarInfo(f"{sample['__key__']}.{extension}")
+                    member.size, member.mode, member.mtime = len(value), 0o444, 0
+                    tar.addfile(member, io.BytesIO(value))
+        file.flush()
+        temp = Path(file.name)
+        offsets = scan_tar(temp)
+        assert len(offsets) == count, f"keys in {path} are not unique"
+        info = ShardInfo(
+            path.name, split_of(path.name) or "", count, temp.stat().st_size, file_sha256(temp)
+        )
+        # Before the tar takes its name, so that a tar that is there always has its offsets.
+        write_offsets(path, offsets)
+    return info
+
+
+# ------------------------------------------------------------------------------- single samples
+
+
+class ShardReader:
+    """Random access to the samples of one shard.
+
+    The file is opened and checked at the first `read`. Reads are positioned (`pread`), so a reader
+    may be shared by threads and inherited by a fork; pickling carries path and info only.
+
+    Raises:
+        ShardError: at the first `read`, if the file is missing, or its size or offsets are not
+            what `info` says. Other operating-system errors pass through: they may be passing.
+    """
+
+    def __init__(self, path: Path, info: ShardInfo) -> None:
+        self.path = Path(path)
+        self.info = info
+        self._file: BinaryIO | None = None
+        self._offsets: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return self.info.samples
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ShardReader, (self.path, self.info)
+
+    def read(self, i: int) -> RawSample:
+        """Read sample `i` with one positioned read.
+
+        Raises:
+            IndexError: `i` is not in [0, len).
+            ShardError: the bytes there are not those members of a tar.
+            SampleError: the sample has no image, no caption, or a member that cannot be used.
+        """
+        if not 0 <= i < len(self):
+            raise IndexError(f"sample {i} of {len(self)} in {self.path.name}")
+        file, offsets = self._opened()
+        start, end = int(offsets[i, 0]), int(offsets[i, 1])
+        if end - start > MAX_SAMPLE_BYTES:
+            raise SampleError(f"#{i}", f"oversized: {end - start} bytes in the tar")
+        blob = os.pread(file.fileno(), end - start, start)
+        if len(blob) < end - start:
+            raise ShardError(f"{self.path} ends inside sample {i}: it was cut after it was opened")
+        key, contents = self._contents(i, blob)
+        return raw_sample(key, contents)
+
+    @property
+    def offsets(self) -> np.ndarray:
+        """int64 [samples, 2], first and past-the-end byte of each sample."""
+        return self._opened()[1]
+
+    def close(self) -> None:
+        """Close the file; the next `read` opens it again."""
+        if self._file is not None:
+            self._file.close()
+        self._file = self._offsets = None
+
+    def _contents(self, i: int, blob: bytes) -> tuple[str, dict[str, bytes]]:
+        """Cut the bytes of sample `i` into its members: the key, and the content by extension."""
+        keys: set[str] = set()
+        contents: dict[str, bytes] = {}
+        try:
+            for member, _ in tar_members(io.BytesIO(blob), whole=False):
+                key, extension = key_and_extension(member)
+                if extension is None:
+                    continue
+                keys.add(key)
+                if extension in contents:
+                    raise SampleError(key, f"two {extension} members")
+                contents[extension] = blob[member.offset_data : member.offset_data + member.size]
+        except SampleError:
+            raise
+        except Exception as error:  # see tar_members
+            raise ShardError(f"{self.path}: bad tar header in sample {i}: {error}") from error
+        if len(keys) != 1:
+            raise ShardError(f"{self.path}: the offsets of sample {i} do not fit its members")
+        return keys.pop(), contents
+
+    def _opened(self) -> tuple[BinaryIO, np.ndarray]:
+        if self._file is None or self._offsets is None:
+            self._file, self._offsets = self._open()
+        return self._file, self._offsets
+
+    def _open(self) -> tuple[BinaryIO, np.ndarray]:
+        remedy = f"run `blip2-prepare verify {self.path.parent}`"
+        try:
+            offsets = np.load(offsets_path(self.path), allow_pickle=False)
+        except FileNotFoundError:
+            raise ShardError(f"{offsets_path(self.path)} does not exist; {remedy}") from None
+        except (ValueError, EOFError) as error:
+            raise ShardError(f"{offsets_path(self.path)} is damaged: {error}; {remedy}") from None
+        if offsets.dtype != np.int64 or offsets.shape != (self.info.samples, 2):
+            raise ShardError(
+                f"{offsets_path(self.path)} is {offsets.dtype} {offsets.shape}, not int64 "
+                f"{(self.info.samples, 2)} as the index says; {remedy}"
+            )
+        bounds = offsets.reshape(-1)
+        if len(bounds) and (bounds[0] < 0 or bounds[-1] > self.info.bytes or _decreases(bounds)):
+            raise ShardError(f"{offsets_path(self.path)} holds impossible offsets; {remedy}")
+        try:
+            file = self.path.open("rb", buffering=0)
+        except FileNotFoundError:
+            raise ShardError(f"{self.path} does not exist, but the index lists it") from None
+        size = os.fstat(file.fileno()).st_size
+        if size != self.info.bytes:
+            file.close()
+            raise ShardError(
+                f"{self.path} has {size} bytes, the index says {self.info.bytes}; {remedy}"
+            )
+        return file, offsets
+
+
+def _decreases(values: np.ndarray) -> bool:
+    return bool((np.diff(values) < 0).any())

@@ -1,0 +1,156 @@
+"""WebDataset tars that strangers may have written: their members, and one sample's content.
+
+Members are read by an allow-list of extensions, only regular files count, sizes are bounded,
+nothing is extracted and nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tarfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")  # in order of preference
+TEXT_EXTENSIONS = ("json", "txt")
+MAX_IMAGE_BYTES = 64 * 2**20
+MAX_TEXT_BYTES = 4 * 2**20
+# One read per sample is only safe if it is bounded; the slack is for headers and ignored members.
+MAX_SAMPLE_BYTES = MAX_IMAGE_BYTES + 2 * MAX_TEXT_BYTES + 2**20
+
+
+class SampleError(ValueError):
+    """One sample of a good shard is bad; `reason` says why in a few words."""
+
+    def __init__(self, key: str, reason: str) -> None:
+        super().__init__(f"sample {key}: {reason}")
+        self.key = key
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[Any, ...]:  # crosses from a loader worker to the trainer
+        return SampleError, (self.key, self.reason)
+
+
+@dataclass(frozen=True)
+class RawSample:
+    """One sample as stored: the encoded image and its metadata."""
+
+    key: str
+    image: bytes
+    meta: dict[str, Any]  # "captions": list[str], never empty; the rest as in the json member
+
+
+def tar_members(file: BinaryIO, whole: bool = True) -> Iterator[tuple[tarfile.TarInfo, int]]:
+    """Yield the members of an uncompressed tar with their past-the-end bytes.
+
+    tarfile takes a damaged header for the end of the archive, and a negative size sends it back to
+    where it was for ever. Both are errors here. Almost any exception may come out of a damaged
+    header, down to struct.error and RecursionError: callers catch `Exception`.
+
+    Args:
+        file: the tar.
+        whole: the tar must have its end marker; else it is a cut-out that ends with a member.
+    """
+    end = 0
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    with tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="replace") as tar:
+        for member in tar:
+            if member.offset < end or member.size < 0 or tar.offset < member.offset_data:
+                raise tarfile.ReadError(f"impossible header at byte {member.offset}")
+            end = tar.offset
+            if end > size:
+                raise tarfile.ReadError(f"{member.name} is cut off at the end of the file")
+            yield member, end
+    file.seek(end)
+    rest = file.read(tarfile.BLOCKSIZE)
+    if whole and not rest:
+        raise tarfile.ReadError("the end marker is missing, its writing was interrupted")
+    if rest.strip(b"\0"):
+        raise tarfile.ReadError(f"damaged header at byte {end}")
+
+
+def key_and_extension(member: tarfile.TarInfo) -> tuple[str, str | None]:
+    """Split a member's name as WebDataset does: at the first dot of its last part.
+
+    Returns:
+        The key with its folder part, and the extension in lower case, or None where the member is
+        not looked at.
+    """
+    folder, slash, name = member.name.rpartition("/")
+    stem, dot, extension = name.partition(".")
+    extension = extension.lower()
+    allowed = extension in IMAGE_EXTENSIONS or extension in TEXT_EXTENSIONS
+    if not (member.isreg() and not member.issparse() and stem and dot and allowed):
+        return "", None
+    return folder + slash + stem, extension
+
+
+def raw_sample(key: str, contents: Mapping[str, bytes]) -> RawSample:
+    """Put a sample together from its members.
+
+    The captions are `captions` (list) or `caption` (string) of the json member, else the txt
+    member; blank ones are dropped.
+
+    Args:
+        key: the members' common name.
+        contents: bytes by extension; other extensions than the allowed ones are not looked at.
+
+    Raises:
+        SampleError: no image, no caption, or a member that cannot be used.
+    """
+    for extension in contents:
+        limit = MAX_IMAGE_BYTES if extension in IMAGE_EXTENSIONS else MAX_TEXT_BYTES
+        if len(contents[extension]) > limit:
+            raise SampleError(key, f"oversized: {extension} member")
+    image = next((contents[name] for name in IMAGE_EXTENSIONS if name in contents), None)
+    if not image:
+        raise SampleError(key, "no image")
+    meta = _json_object(key, contents["json"]) if "json" in contents else {}
+    captions = meta.get("captions", meta.get("caption"))
+    if captions is None and "txt" in contents:
+        captions = _decode(key, "txt", contents["txt"])
+    if isinstance(captions, str):
+        captions = [captions]
+    return RawSample(key, image, {**meta, "captions": _checked_captions(key, captions)})
+
+
+def _json_object(key: str, data: bytes) -> dict[str, Any]:
+    text = _decode(key, "json", data)
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        raise SampleError(key, "bad json") from None
+    if not isinstance(value, dict):
+        raise SampleError(key, "bad json: not an object")
+    return value
+
+
+def _decode(key: str, extension: str, data: bytes) -> str:
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise SampleError(key, f"{extension} is not UTF-8") from None
+
+
+def _checked_captions(key: str, captions: Any) -> list[str]:
+    if captions is not None and not isinstance(captions, list):
+        raise SampleError(key, "captions are not text")
+    for caption in captions or []:
+        # A lone surrogate ("\\ud800" in JSON) is no text: tokenizers refuse it much later.
+        if not isinstance(caption, str) or not _is_unicode(caption):
+            raise SampleError(key, "captions are not text")
+    kept = [caption for caption in captions or [] if caption.strip()]
+    if not kept:
+        raise SampleError(key, "no captions")
+    return kept
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -1,0 +1,160 @@
+"""Captions and questions as BLIP-2 reads them, and the Q-Former's BERT tokenizer.
+
+The cleaning rules are the published ones, odd corners included: released weights have seen nothing
+else, so a "better" rule would move every caption away from what they know.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from blip2_train.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+_PUNCTUATION = re.compile(r"[.!\"()*#:;~]")
+_SPACES = re.compile(r"\s{2,}")
+
+DECODER_START = "[DEC]"
+_REQUIRED_TOKENS = {"pad": "[PAD]", "cls": "[CLS]", "sep": "[SEP]", "unk": "[UNK]"}
+_VOCABULARY_FILES = ("vocab.txt", "tokenizer.json")
+_TOKENIZER_FILES = [*_VOCABULARY_FILES, "tokenizer_config.json", "special_tokens_map.json"]
+
+
+def clean_caption(text: str, max_words: int = 50, prompt: str = "") -> str:
+    """Normalise a caption: lower case, no sentence marks, single spaces, at most `max_words` words.
+
+    Args:
+        text: the caption as annotated.
+        max_words: pieces kept after splitting at single spaces; the prompt is not counted.
+        prompt: put in front as it is (end it with a space).
+
+    Returns:
+        The prompt and the cleaned caption; the prompt alone where nothing of the caption is left.
+    """
+    text = _PUNCTUATION.sub(" ", text.lower())
+    text = _SPACES.sub(" ", text)
+    text = text.rstrip("\n").strip(" ")
+    return prompt + " ".join(text.split(" ")[:max_words])
+
+
+def clean_question(text: str, max_words: int = 50) -> str:
+    """Normalise a question: unlike in captions, marks are deleted and inner spaces stay.
+
+    Args:
+        text: the question as annotated.
+        max_words: pieces kept after splitting at single spaces.
+
+    Returns:
+        The cleaned question.
+    """
+    text = _PUNCTUATION.sub("", text.lower()).rstrip(" ")
+    return " ".join(text.split(" ")[:max_words])
+
+
+def load_text_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerFast:
+    """Load the BERT tokenizer of the Q-Former's text side and give it its start token.
+
+    `[DEC]`, the start of a caption to be generated, becomes the bos token. Where the vocabulary
+    lacks it, it is appended: its id is the old vocabulary size, as in the released weights.
+
+    Args:
+        name_or_path: Hugging Face id (`bert-base-uncased`) or a folder with `vocab.txt` or
+            `tokenizer.json`.
+
+    Returns:
+        A tokenizer that pads and truncates on the right.
+
+    Raises:
+        UserError: it cannot be found, or its special tokens are not BERT's.
+    """
+    # A few dozen short captions gain nothing from the tokenizer's threads, and they make every
+    # fork of a loader worker print a warning.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from transformers import BertTokenizer
+
+    folder = _tokenizer_folder(name_or_path)
+    try:
+        tokenizer = BertTokenizer.from_pretrained(str(folder))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"text tokenizer {str(name_or_path)!r} could not be read: {_first_line(error)}"
+        ) from error
+    tokenizer.padding_side = "right"
+    tokenizer.truncation_side = "right"
+    _check_special_tokens(tokenizer, name_or_path)
+    tokenizer.add_special_tokens({"bos_token": DECODER_START})
+    return tokenizer
+
+
+def _tokenizer_folder(name_or_path: str | Path) -> Path:
+    """Return the local folder of a tokenizer; a hub id is downloaded, or taken from the cache.
+
+    `from_pretrained` is given a folder that was looked at, never a name: where it finds no
+    vocabulary it answers with an empty one, after two minutes of retries.
+
+    Raises:
+        UserError: there is no such tokenizer, or it cannot be reached.
+    """
+    folder = Path(name_or_path)
+    if not folder.is_dir():
+        if folder.is_absolute() or len(folder.parts) > 2:
+            raise UserError(f"text tokenizer {str(folder)!r}: there is no such folder.")
+        from huggingface_hub import snapshot_download
+
+        try:
+            folder = Path(snapshot_download(folder.as_posix(), allow_patterns=_TOKENIZER_FILES))
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"text tokenizer {str(name_or_path)!r} is no folder, and the Hugging Face hub does "
+                f"not give it: {_first_line(error)} Give the folder of a BERT tokenizer "
+                "(`blip2-prepare ... --tokenizer N` writes one), or a hub id such as "
+                "bert-base-uncased with network access or a filled cache."
+            ) from error
+    if not any((folder / name).is_file() for name in _VOCABULARY_FILES):
+        raise UserError(
+            f"text tokenizer {str(name_or_path)!r}: {folder} holds neither "
+            f"{' nor '.join(_VOCABULARY_FILES)}."
+        )
+    return folder
+
+
+def _check_special_tokens(tokenizer: PreTrainedTokenizerFast, name_or_path: str | Path) -> None:
+    """Check that the tokenizer is one the Q-Former can be used with, all problems at once.
+
+    Raises:
+        UserError: every rule that is broken.
+    """
+    vocabulary = tokenizer.get_vocab()
+    problems = []
+    for role, token in _REQUIRED_TOKENS.items():
+        actual = getattr(tokenizer, f"{role}_token")
+        if actual != token:
+            problems.append(f"its {role} token is {actual!r}, not {token!r}")
+        elif token not in vocabulary:
+            problems.append(f"{token} is not in its vocabulary")
+    if not problems:
+        if tokenizer.pad_token_id != 0:
+            problems.append(f"[PAD] has id {tokenizer.pad_token_id}, not 0")
+        ids = tokenizer("")["input_ids"]
+        if ids != [tokenizer.cls_token_id, tokenizer.sep_token_id]:
+            problems.append(f"it encodes the empty text as {ids}, not as [CLS] [SEP]")
+        if len(vocabulary) <= len(tokenizer.all_special_tokens):
+            problems.append("its vocabulary holds special tokens only")
+        if sorted(vocabulary.values()) != list(range(len(vocabulary))):
+            problems.append("its ids are not 0 .. V-1, so the embedding table has no defined size")
+    if problems:
+        raise UserError(
+            f"text tokenizer {str(name_or_path)!r} is not a BERT tokenizer: "
+            + "; ".join(problems)
+            + "."
+        )
+
+
+def _first_line(error: Exception) -> str:
+    """Return the first line of an error message: the hub's run over many."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

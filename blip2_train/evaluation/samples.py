@@ -1,0 +1,89 @@
+"""Pictures of what a model says and finds: one sheet per validation."""
+
+import textwrap
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+THUMB = 160  # pixels
+GAP = 12
+COLUMN = 46  # characters of a text column
+LINE = 17  # pixels
+INK, FAINT, RIGHT, WRONG = "#1a1a1a", "#6b6b6b", "#1a7f37", "#b3261e"
+
+
+@dataclass
+class Row:
+    """One image of the sheet.
+
+    Attributes:
+        image: as the model saw it.
+        caption: what the model says.
+        truth: captions that people gave it.
+        texts: (retrieved text, whether it belongs to the image), best first.
+        query: the text whose retrieved images are shown.
+        images: (retrieved image, whether it is the text's), best first.
+    """
+
+    image: Image.Image
+    caption: str
+    truth: list[str]
+    texts: list[tuple[str, bool]] = field(default_factory=list)
+    query: str = ""
+    images: list[tuple[Image.Image, bool]] = field(default_factory=list)
+
+
+def draw_sheet(rows: list[Row], title: str, path: Path) -> None:
+    """Draws the rows below each other and writes a PNG."""
+    font = ImageFont.load_default(size=13)
+    bold = ImageFont.load_default(size=15)
+    column = COLUMN * 7
+    found = max((len(row.images) for row in rows), default=0)
+    width = GAP + THUMB + GAP + column + GAP + max(column, found * (THUMB + GAP)) + GAP
+    height = THUMB + 4 * GAP
+    sheet = Image.new("RGB", (width, 3 * GAP + LINE + len(rows) * height), "white")
+    draw = ImageDraw.Draw(sheet)
+    draw.text((GAP, GAP), title, INK, bold)
+    for number, row in enumerate(rows):
+        top = 3 * GAP + LINE + number * height
+        draw.line([(GAP, top - GAP), (width - GAP, top - GAP)], "#dddddd")
+        sheet.paste(_fit(row.image), (GAP, top))
+        x, y = GAP + THUMB + GAP, top
+        y = _text(draw, (x, y), f"says: {row.caption or '(nothing)'}", INK, bold)
+        for truth in row.truth[:1]:
+            y = _text(draw, (x, y + 2), f"truth: {truth}", FAINT, font)
+        for text, right in row.texts[: max(0, (top + THUMB + GAP - y) // LINE)]:
+            mark = "+" if right else "-"
+            y = _text(draw, (x, y + 2), f"{mark} {text}", RIGHT if right else WRONG, font, lines=1)
+        x += column + GAP
+        if row.query:
+            _text(draw, (x, top), f"finds for: {row.query}", FAINT, font, lines=1)
+        for image, right in row.images:
+            thumb = _fit(image)
+            sheet.paste(thumb, (x, top + LINE + 4))
+            box = [x - 2, top + LINE + 2, x + thumb.width + 1, top + LINE + 5 + thumb.height]
+            draw.rectangle(box, outline=RIGHT if right else WRONG, width=2)
+            x += THUMB + GAP
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path)
+
+
+def _fit(image: Image.Image) -> Image.Image:
+    copy = image.convert("RGB").resize((THUMB, THUMB), Image.Resampling.BICUBIC)
+    return copy
+
+
+def _text(
+    draw: ImageDraw.ImageDraw,
+    place: tuple[int, int],
+    text: str,
+    colour: str,
+    font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
+    lines: int = 2,
+) -> int:
+    x, y = place
+    for line in textwrap.wrap(text, COLUMN, max_lines=lines, placeholder=" ..."):
+        draw.text((x, y), line, colour, font)
+        y += LINE
+    return y

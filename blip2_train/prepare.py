@@ -1,0 +1,321 @@
+"""Turn data sets into shards.
+
+    blip2-prepare coco ROOT --out OUT                  official COCO captions
+    blip2-prepare karpathy ROOT --out OUT              dataset_{coco,flickr30k,flickr8k}.json
+    blip2-prepare lavis --annotations FILE ... --images DIR --out OUT
+    blip2-prepare flickr30k ROOT --out OUT
+    blip2-prepare flickr8k ROOT --out OUT
+    blip2-prepare folder ROOT --out OUT                images and captions.csv or .jsonl
+    blip2-prepare synthetic --samples N --out OUT      rendered scenes, no data needed
+    blip2-prepare index FOLDER                         index WebDataset tars from elsewhere
+    blip2-prepare verify FOLDER                        check shards against their index
+
+The same command again goes on where it was killed. OUT/report.json lists all that was skipped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from blip2_train.errors import UserError
+
+if TYPE_CHECKING:  # imported where they are used: `--help` should not wait for numpy and PIL
+    from blip2_train.data.plan import Item, Source
+    from blip2_train.data.writer import Make
+
+DATA_SETS = {
+    "coco": "official COCO captions: annotations/captions_{train,val}YEAR.json, {train,val}YEAR/",
+    "karpathy": "a Karpathy-split JSON: dataset_coco.json, dataset_flickr30k.json, ...",
+    "lavis": "JSON lists as LAVIS and BLIP publish them",
+    "flickr30k": "Flickr30k: dataset_flickr30k.json, results_20130124.token or results.csv",
+    "flickr8k": "Flickr8k: Flickr8k.token.txt or captions.txt, and the official split lists",
+    "folder": "images with a table: captions.csv (image,caption) or captions.jsonl",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code (2 for a mistake of the user)."""
+    argv = sys.argv[1:] if argv is None else argv
+    args = _parser().parse_args(argv)
+    try:
+        return args.run(args, shlex.join(["blip2-prepare", *argv]))
+    except (UserError, OSError) as error:  # the latter: a full or read-only disk
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted: run the same command again to go on", file=sys.stderr)
+        return 130
+
+
+def prepare_dataset(args: argparse.Namespace, command: str) -> int:
+    """Write the shards of a data set with annotations and image files."""
+    from functools import partial
+
+    from blip2_train.data.layouts import LAYOUTS, Given
+    from blip2_train.data.plan import file_items, make_from_file
+
+    given = Given(
+        root=args.root,
+        images=args.images,
+        annotations=args.annotations,
+        split=args.split,
+        split_lists=args.split_list,
+        year=args.year,
+        restval=args.restval,
+        strip=args.strip,
+    )
+    sources = LAYOUTS[args.command](given)
+    make = partial(make_from_file, short_side=args.resize, quality=args.quality)
+    settings = {"resize": args.resize, "quality": args.quality}
+    return _prepare(args, command, list(file_items(sources)), sources, make, settings)
+
+
+def prepare_synthetic(args: argparse.Namespace, command: str) -> int:
+    """Write the shards of rendered scenes."""
+    from functools import partial
+
+    from blip2_train.data.synthetic import make_scene, synthetic_items
+
+    settings = {"size": args.size, "seed": args.seed, "quality": args.quality}
+    items = list(synthetic_items(args.samples, args.seed))
+    return _prepare(args, command, items, [], partial(make_scene, **settings), settings)
+
+
+def _prepare(
+    args: argparse.Namespace,
+    command: str,
+    items: list[tuple[str, Item]],
+    sources: list[Source],
+    make: Make,
+    settings: dict[str, Any],
+) -> int:
+    """Plan, write, report."""
+    from tqdm import tqdm
+
+    from blip2_train.data.atomic import write_json
+    from blip2_train.data.plan import check_images, plan_shards
+    from blip2_train.data.report import make_report, print_report
+    from blip2_train.data.shards import write_index
+    from blip2_train.data.writer import REPORT_NAME, claimed, write_shards
+
+    start = time.monotonic()
+    settings = {**settings, "data": args.command, "tokenizer": args.tokenizer}
+    shards, fingerprint = plan_shards(items, args.samples_per_shard, settings)
+    problems = [problem for source in sources for problem in source.annotations.problems]
+    with claimed(args.out, fingerprint, command):
+        report = make_report(command, shards, [], problems, time.monotonic() - start)
+        try:
+            warnings = check_images(items, sources) if sources else []
+            if args.tokenizer and all(split != "train" for split, _ in items):
+                raise UserError("--tokenizer learns from the captions of train: there are none")
+        except (UserError, OSError) as error:  # the latter: a full or read-only disk
+            write_json(args.out / REPORT_NAME, {**report, "error": str(error)})
+            raise
+        for warning in warnings:
+            print(f"warning: {warning}", file=sys.stderr)
+        print(f"{len(items):,} records, {len(shards):,} shards, {args.workers} workers", flush=True)
+        with tqdm(total=len(items), unit=" images", disable=None) as progress:
+            written = write_shards(
+                args.out,
+                shards,
+                make,
+                fingerprint=fingerprint,
+                command=command,
+                workers=args.workers,
+                done=progress.update,
+            )
+        if args.tokenizer:
+            _train_tokenizer(args, items)
+        # The index comes last: a folder that has one is finished.
+        write_index(args.out, [result.shard for result in written if result.shard is not None])
+        report = make_report(command, shards, written, problems, time.monotonic() - start)
+        write_json(args.out / REPORT_NAME, report)
+    print_report(report, args.out)
+    return 0
+
+
+def _train_tokenizer(args: argparse.Namespace, items: list[tuple[str, Item]]) -> None:
+    from blip2_train.data.tokenizer import train_tokenizer
+
+    captions = [text for split, item in items if split == "train" for text in item.captions]
+    folder = args.out / "tokenizer"
+    size = train_tokenizer(folder, captions, args.tokenizer)
+    fewer = "" if size == args.tokenizer else f" (the captions have no {args.tokenizer:,})"
+    print(f"{folder}: {size:,} entries{fewer}, from {len(captions):,} captions of split train")
+
+
+def index(args: argparse.Namespace, command: str) -> int:
+    """Index the tars that others wrote; exit code 1 if one cannot be read."""
+    from blip2_train.data.check import index_folder
+
+    shards, bad = index_folder(args.folder, args.split)
+    for message in bad:
+        print(f"not in the index: {message}", file=sys.stderr)
+    samples = sum(shard.samples for shard in shards)
+    print(f"{len(shards):,} shards, {samples:,} samples in {args.folder / 'index.json'}")
+    return 1 if bad else 0
+
+
+def verify(args: argparse.Namespace, command: str) -> int:
+    """Check every shard against the index; exit code 1 if one is bad."""
+    from blip2_train.data.check import verify_folder
+
+    count, bad = verify_folder(args.folder)
+    for message in bad:
+        print(f"bad: {message}", file=sys.stderr)
+    print(f"{count:,} shards in the index of {args.folder}, {len(bad):,} problems")
+    return 1 if bad else 0
+
+
+def _split_and_path(text: str) -> tuple[str | None, Path]:
+    """Read `[SPLIT=]FILE`; a file whose name has a = in it exists as it is."""
+    split, equals, path = text.partition("=")
+    if not equals or Path(text).exists():
+        return None, Path(text)
+    return split, Path(path)
+
+
+def _split_list(text: str) -> tuple[str, Path]:
+    split, path = _split_and_path(text)
+    if split is None:
+        raise argparse.ArgumentTypeError(f"{text} should be SPLIT=FILE")
+    return split, path
+
+
+def _whole(low: int, high: float = float("inf")) -> Callable[[str], int]:
+    """A command line type: whole numbers in a range."""
+
+    def parse(text: str) -> int:
+        value = int(text)
+        if not low <= value <= high:
+            upper = "" if high == float("inf") else f" and at most {high}"
+            raise argparse.ArgumentTypeError(f"{value} should be at least {low}{upper}")
+        return value
+
+    parse.__name__ = "whole number"  # argparse: "invalid whole number value: 'x'"
+    return parse
+
+
+def _parser() -> argparse.ArgumentParser:
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        "blip2-prepare", description=__doc__, formatter_class=formatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, text in DATA_SETS.items():
+        command = commands.add_parser(name, help=text, description=text)
+        command.set_defaults(run=prepare_dataset)
+        _add_input_options(command, name)
+        command.add_argument(
+            "--resize",
+            type=_whole(0),
+            default=256,
+            metavar="PX",
+            help="shorter side of the stored images in pixels; smaller ones stay as they are, "
+            "0 keeps all sizes (default: 256)",
+        )
+        _add_output_options(command)
+    text = "rendered scenes with exact captions, for tests and demonstrations"
+    command = commands.add_parser("synthetic", help=text, description=text)
+    command.set_defaults(run=prepare_synthetic)
+    command.add_argument(
+        "--samples", type=_whole(2), default=6000, help="train and val; a tenth is val (6000)"
+    )
+    command.add_argument(
+        "--size", type=_whole(16, 4096), default=128, metavar="PX", help="side, pixels (128)"
+    )
+    command.add_argument("--seed", type=int, default=0, help="of the scenes (0)")
+    _add_output_options(command)
+    text = "index WebDataset tars that others wrote, so that training can read them"
+    command = commands.add_parser("index", help=text, description=text)
+    command.set_defaults(run=index)
+    command.add_argument("folder", type=Path, metavar="FOLDER", help="holds the .tar files")
+    command.add_argument("--split", help="of all tars (default: from NAME-000000.tar, else train)")
+    text = "check size, SHA-256 and offsets of every shard against the index"
+    command = commands.add_parser("verify", help=text, description=text)
+    command.set_defaults(run=verify)
+    command.add_argument("folder", type=Path, metavar="FOLDER", help="holds index.json")
+    return parser
+
+
+def _add_input_options(command: argparse.ArgumentParser, name: str) -> None:
+    # What a data set has no use for is no option of its command.
+    command.set_defaults(split=None, split_list=[], year=None, restval="train", strip="")
+    add = command.add_argument
+    add("root", type=Path, nargs="?", metavar="ROOT", help="the data set, in its official layout")
+    add("--images", type=Path, metavar="DIR", help="folder that the image names start at")
+    add(
+        "--annotations",
+        "--captions",
+        type=_split_and_path,
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="[SPLIT=]FILE",
+        help="caption file; several with coco and lavis",
+    )
+    splits = command.add_mutually_exclusive_group()
+    if name != "karpathy":
+        splits.add_argument("--split", metavar="NAME", help="split of files that do not say theirs")
+    if name in ("flickr8k", "flickr30k", "folder"):
+        splits.add_argument(
+            "--split-list",
+            type=_split_list,
+            nargs="+",
+            action="extend",
+            default=[],
+            metavar="SPLIT=FILE",
+            help="lists of image names, one per line",
+        )
+    if name == "coco":
+        add("--year", choices=("2014", "2017"), help="where ROOT holds both")
+    if name == "lavis":
+        add(
+            "--strip",
+            metavar="PREFIX",
+            help="drop this from the front of the image paths in the lists",
+        )
+    if name == "karpathy":
+        add(
+            "--restval",
+            default="train",
+            metavar="SPLIT",
+            help="split of the images in Karpathy's restval (default: train)",
+        )
+
+
+def _add_output_options(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("--out", type=Path, required=True, help="folder of the shards")
+    add(
+        "--workers",
+        type=_whole(1),
+        default=os.cpu_count() or 1,
+        metavar="N",
+        help="processes (default: one per CPU)",
+    )
+    add("--quality", type=_whole(1, 95), default=90, help="of new JPEGs, 1 to 95 (default: 90)")
+    add(
+        "--samples-per-shard",
+        type=_whole(1),
+        default=1000,
+        metavar="N",
+        help="records per shard; skipped ones leave it smaller (default: 1000)",
+    )
+    add(
+        "--tokenizer",
+        type=_whole(5),
+        metavar="N",
+        help="train a lower-case BERT WordPiece of N entries on the train captions",
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

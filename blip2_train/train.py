@@ -1,0 +1,177 @@
+"""Trains: `blip2-train experiment=NAME [key=value ...]`.
+
+    blip2-train experiment=stage1_flickr8k_tiny
+    blip2-train experiment=stage1_vitg --dry-run
+    torchrun --nproc-per-node 8 --module blip2_train.train experiment=stage1_vitg
+
+The same command again continues the run. Exit codes: 0 finished, 2 something given is wrong (one
+sentence says what), 1 a bug (with its traceback).
+"""
+
+import logging
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+
+from blip2_train.config import conf_dir, dotted_keys, launch, to_plain, unknown_keys, validate
+from blip2_train.errors import UserError
+
+# With one of these Hydra itself is asked for something; otherwise a training is.
+HYDRA_FLAGS = re.compile(
+    r"-h|--help|--hydra-help|--version|-c|--cfg(=.*)?|-i|--info(=.*)?|-m|--multirun|"
+    r"-sc|--shell-completion|--experimental-rerun(=.*)?"
+)
+# Below these keys are the user's to add; the constructors that get them refuse unknown ones.
+OPEN_KEYS = ("data.sources.", "vision.", "qformer.")
+
+
+def train(cfg: DictConfig, *, dry_run: bool = False) -> Path | None:
+    """Trains what a composed configuration says.
+
+    Args:
+        cfg: composed from `conf/train.yaml`.
+        dry_run: show what would be trained instead.
+
+    Returns:
+        The run's folder.
+
+    Raises:
+        UserError: something in the configuration or on the disk is wrong.
+    """
+    started = launch()
+    plain = to_plain(cfg)
+    validate(plain, started.world_size)
+    if dry_run:
+        from blip2_train.training.dry_run import describe
+
+        describe(plain, started)
+        return None
+    from blip2_train.training.fit import fit
+
+    return fit(plain, started)
+
+
+def compose(overrides: list[str], config_dirs: tuple[str, ...] = ()) -> DictConfig:
+    """The configuration of a command line; unknown keys are refused, all at once.
+
+    Args:
+        overrides: `key=value` and `group=choice`.
+        config_dirs: further folders of configuration files.
+
+    Raises:
+        UserError: an unknown key, experiment or choice, or a value that cannot be parsed.
+    """
+    folders = [conf_dir(), *map(Path, config_dirs)]
+    groups: list[str] = []
+    values: list[str] = []
+    for override in overrides:
+        key = override.split("=", 1)[0].lstrip("+~")
+        is_group = any((folder / key.split("@")[0]).is_dir() for folder in folders)
+        (groups if is_group else values).append(override)
+    names = sorted(p.stem for folder in folders for p in (folder / "experiment").glob("*.yaml"))
+    chosen = [g.split("=", 1)[1] for g in groups if g.lstrip("+").startswith("experiment=")]
+    if len(chosen) != 1 or chosen[0] not in names:
+        given = f"experiment={','.join(chosen)} is none of them" if chosen else "none is given"
+        raise UserError(f"experiment=NAME names what to train and {given}: {', '.join(names)}")
+    if config_dirs:
+        paths = ",".join(f"file://{Path(d).resolve()}" for d in config_dirs)
+        groups.append(f"hydra.searchpath=[{paths}]")
+    try:
+        with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
+            known = hydra.compose("train", groups)
+            keys = [v.split("=", 1)[0] for v in values]
+            problems = unknown_keys(known, [k for k in keys if k[0] != "+" and k[:6] != "hydra."])
+            if problems:
+                raise UserError("; ".join(problems))
+            cfg = hydra.compose("train", groups + values)
+            plain = [g for g in groups if not g.lstrip("+").startswith("experiment=")]
+            documented = dotted_keys(hydra.compose("train", plain))
+    except HydraException as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise UserError(" ".join(lines)) from error
+    extra = [
+        key
+        for key in sorted(dotted_keys(cfg))
+        if key not in documented and not key.startswith(OPEN_KEYS)
+    ]
+    if extra:
+        raise UserError(f"nothing reads {', '.join(extra)}; conf/train.yaml names every key")
+    return cfg
+
+
+def run(arguments: list[str]) -> int:
+    """Runs a command line and returns the exit code."""
+    logging.basicConfig(
+        level=logging.INFO if launch().rank == 0 else logging.ERROR,
+        format="%(asctime)s %(message)s",
+        datefmt="%H:%M:%S",
+        stream=sys.stdout,
+    )
+    dry_run = "--dry-run" in arguments
+    arguments = [a for a in arguments if a != "--dry-run"]
+    # `resume=never` is short for `resume.from=never`
+    arguments = [re.sub(r"^resume=", "resume.from=", a) for a in arguments]
+    try:
+        if any(HYDRA_FLAGS.fullmatch(a) for a in arguments):
+            sys.argv[1:] = arguments
+            _hydra_main()
+            return 0
+        overrides, config_dirs = _split(arguments)
+        train(compose(overrides, config_dirs), dry_run=dry_run)
+    except UserError as error:
+        if launch().rank == 0:
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    finally:
+        _leave_group()
+    return 0
+
+
+def _split(arguments: list[str]) -> tuple[list[str], tuple[str, ...]]:
+    """Overrides, and the folders of `--config-dir`."""
+    overrides, folders = [], []
+    rest = iter(arguments)
+    for argument in rest:
+        if argument in ("--config-dir", "-cd"):
+            folders.append(next(rest, ""))
+        elif argument.startswith("--config-dir="):
+            folders.append(argument.removeprefix("--config-dir="))
+        elif argument.startswith("-"):
+            raise UserError(f"unknown option {argument}; see blip2-train --help")
+        elif "=" not in argument:
+            raise UserError(f"{argument} is not of the form key=value; see blip2-train --help")
+        else:
+            overrides.append(argument)
+    for folder in folders:
+        if not Path(folder).is_dir():
+            raise UserError(f"--config-dir {folder}: there is no such folder")
+    return overrides, tuple(folders)
+
+
+def _leave_group() -> None:
+    if "torch" not in sys.modules:
+        return
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="train")
+def _hydra_main(cfg: DictConfig) -> Any:
+    """Help, `--cfg job` and sweeps are Hydra's."""
+    return str(train(cfg))
+
+
+def main() -> None:
+    """Entry point of `blip2-train`."""
+    sys.exit(run(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    main()

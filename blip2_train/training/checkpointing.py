@@ -1,0 +1,199 @@
+"""Saving a run, and going on with it."""
+
+import contextlib
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+
+from blip2_train import __version__
+from blip2_train.checkpoint import io
+from blip2_train.distributed import barrier, broadcast_object, current_world
+from blip2_train.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class RunState:
+    """What a run is beside weights and optimizer: plain values, saved in every checkpoint.
+
+    Attributes:
+        step: optimizer steps done.
+        drawn: samples drawn from each source.
+        config: resolved configuration, as YAML.
+        frozen: identity of every frozen part, {part: {name, weights, digest}}.
+        data: identity of every source, {source: {samples, digest}}.
+        wandb_id: of the W&B run.
+        scores: {step: validation score}, higher is better.
+    """
+
+    step: int = 0
+    drawn: dict[str, int] = field(default_factory=dict)
+    config: str = ""
+    frozen: dict[str, dict[str, str]] = field(default_factory=dict)
+    data: dict[str, dict[str, Any]] = field(default_factory=dict)
+    wandb_id: str | None = None
+    scores: dict[int, float] = field(default_factory=dict)
+
+
+def trained_state(model: nn.Module, frozen_prefixes: tuple[str, ...]) -> dict[str, Tensor]:
+    """The model's weights without its frozen parts, which are named and not stored."""
+    return {k: v for k, v in model.state_dict().items() if not k.startswith(frozen_prefixes)}
+
+
+def load_trained(
+    model: nn.Module, state: dict[str, Tensor], frozen_prefixes: tuple[str, ...], path: Path
+) -> None:
+    """Loads what `trained_state` gave, strictly.
+
+    Raises:
+        UserError: listing every key that is missing, unexpected or of another shape.
+    """
+    own = trained_state(model, frozen_prefixes)
+    problems = [f"missing {name}" for name in own.keys() - state.keys()]
+    problems += [f"unexpected {name}" for name in state.keys() - own.keys()]
+    problems += [
+        f"{name} is {tuple(state[name].shape)} instead of {tuple(value.shape)}"
+        for name, value in own.items()
+        if name in state and state[name].shape != value.shape
+    ]
+    if problems:
+        raise UserError(f"checkpoint {path} does not fit the model: {', '.join(sorted(problems))}")
+    model.load_state_dict(state, strict=False)
+
+
+class Checkpointing(pl.Callback):
+    """Saves checkpoints by rank 0, keeps those the rules keep, and restores the trainer's side.
+
+    Args:
+        folder: of the checkpoints.
+        state: of the run; `step` and `drawn` are brought up to date at each save.
+        drawn_after: samples drawn from each source after so many micro-batches of this start.
+        frozen_prefixes: parts of the model that are not stored.
+        paused: stops the speed clock while a checkpoint is written.
+        every: optimizer steps between saves.
+        keep_last: newest files kept.
+        keep_every: files at multiples of it are kept; None: no such rule.
+        keep_best: best-scored files kept.
+        resume: content of the checkpoint to go on from.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        state: RunState,
+        drawn_after: Callable[[int], dict[str, int]],
+        frozen_prefixes: tuple[str, ...],
+        paused: Callable[[], contextlib.AbstractContextManager[None]],
+        *,
+        every: int,
+        keep_last: int,
+        keep_every: int | None,
+        keep_best: int,
+        resume: dict[str, Any] | None = None,
+    ) -> None:
+        self.folder = folder
+        self.state = state
+        self.drawn_after = drawn_after
+        self.frozen_prefixes = frozen_prefixes
+        self.paused = paused
+        self.every = every
+        self.keep = {"keep_last": keep_last, "keep_every": keep_every, "keep_best": keep_best}
+        self.resume = resume
+        self.start_step = state.step
+        self.saved_step = state.step
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Restores the optimizer and the step counters (weights were loaded before)."""
+        if self.resume is None:
+            return
+        trainer.optimizers[0].load_state_dict(self.resume["optimizer"])
+        set_step(trainer, self.start_step)
+        self.resume = None
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any, **__: Any
+    ) -> None:
+        """Saves when a step is due: at multiples of `every`, after a validation, at the end."""
+        step = trainer.global_step
+        validated = step in self.state.scores
+        due = step % self.every == 0 or validated or step >= trainer.max_steps
+        if due and step > self.saved_step:
+            with self.paused():
+                self.save(trainer, pl_module)
+
+    def save(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Writes the checkpoint of the current step; all ranks call it."""
+        world = current_world()
+        state = self.state
+        state.step = self.saved_step = trainer.global_step
+        done = (state.step - self.start_step) * trainer.accumulate_grad_batches
+        state.drawn = self.drawn_after(done)
+        failure = None
+        if world.rank == 0:
+            content = {
+                "format": io.FORMAT,
+                "version": __version__,
+                "world_size": world.size,
+                **vars(state),
+                "model": trained_state(pl_module.model, self.frozen_prefixes),  # type: ignore[arg-type]
+                "optimizer": trainer.optimizers[0].state_dict(),
+            }
+            try:
+                io.save(io.step_path(self.folder, state.step), content)
+                io.prune(self.folder, scores=state.scores, **self.keep)  # type: ignore[arg-type]
+            except OSError as error:
+                failure = f"checkpoint of step {state.step} could not be written: {error}"
+        failure = broadcast_object(failure, world)
+        if failure is not None:
+            log.error("%s; training goes on, older checkpoints are untouched", failure)
+        barrier(world)
+
+
+def set_step(trainer: pl.Trainer, step: int) -> None:
+    """Tells Lightning that `step` optimizer steps were done.
+
+    Its own restart logic is bypassed: it keeps half-finished loops in the checkpoint, which our
+    checkpoints, always written between two steps, do not need.
+    """
+    loop = trainer.fit_loop.epoch_loop
+    batches = step * trainer.accumulate_grad_batches
+    total: Any = loop.batch_progress.total
+    total.ready = total.started = total.processed = total.completed = batches
+    progress = loop.automatic_optimization.optim_progress.optimizer.step.total
+    progress.ready = progress.completed = step
+    loop._batches_that_stepped = step
+
+
+def rehearse(trainer: pl.Trainer, pl_module: Any) -> int:
+    """One discarded forward and backward on a made-up batch, under DDP as in training.
+
+    DDP orders its gradient buckets after the first backward it sees, and the order decides how
+    sums are rounded. Doing it before the first real step makes a resumed run add up in the order
+    of the uninterrupted one. The pass is counted, too.
+
+    Returns:
+        Floating-point operations of one sample: forward and backward, recomputation left out.
+    """
+    from torch.utils.flop_counter import FlopCounterMode
+
+    qformer = pl_module.model.qformer
+    checkpointing, qformer.gradient_checkpointing = qformer.gradient_checkpointing, False
+    batch = trainer.strategy.batch_to_device(pl_module.rehearsal_batch())
+    with FlopCounterMode(display=False) as counter:
+        with trainer.precision_plugin.train_step_context():
+            loss = trainer.strategy.training_step(batch, 0)
+        assert isinstance(loss, Tensor)
+        loss.backward()
+    pl_module.zero_grad(set_to_none=True)
+    pl_module.meter.sums.clear()
+    qformer.gradient_checkpointing = checkpointing
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    return counter.get_total_flops() // len(batch["image_id"])

@@ -1,0 +1,136 @@
+"""What a run writes down: metrics.csv, skipped.jsonl, and the W&B run that a restart continues."""
+
+import csv
+import json
+import os
+from argparse import Namespace
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pytorch_lightning.loggers import WandbLogger
+from pytorch_lightning.loggers.logger import Logger, rank_zero_experiment
+from pytorch_lightning.utilities.rank_zero import rank_zero_only
+
+
+class MetricsCsv(Logger):
+    """One row per logged step, one column per metric; a restarted run appends to it.
+
+    Args:
+        path: of the file.
+        start_step: rows of later steps are dropped: they belong to a run that was killed after
+            its last checkpoint, and will come again.
+    """
+
+    def __init__(self, path: Path, start_step: int = 0) -> None:
+        super().__init__()
+        self.path = path
+        self.columns = ["step"]
+        if path.is_file():
+            with path.open(newline="") as file:
+                reader = csv.DictReader(file)
+                rows = [row for row in reader if int(row["step"]) <= start_step]
+                self.columns = list(reader.fieldnames or self.columns)
+            self._write(rows)
+
+    @property
+    def name(self) -> str:
+        """Of the logger."""
+        return "csv"
+
+    @property
+    def version(self) -> str:
+        """There is one file per run."""
+        return ""
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> None:
+        """There is nothing to hand out."""
+
+    @rank_zero_only
+    def log_hyperparams(self, params: dict[str, Any] | Namespace, *_: Any, **__: Any) -> None:
+        """They are in config.yaml."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Appends a row; a metric that was not there before adds a column to the whole file."""
+        new = [name for name in metrics if name not in self.columns]
+        if new:
+            rows: list[dict[str, Any]] = []
+            if self.path.is_file():
+                with self.path.open(newline="") as file:
+                    rows = list(csv.DictReader(file))
+            self.columns += new
+            self._write(rows)
+        with self.path.open("a", newline="") as file:
+            csv.DictWriter(file, self.columns).writerow({"step": step, **metrics})
+
+    def _write(self, rows: list[dict[str, Any]]) -> None:
+        temporary = self.path.with_suffix(".tmp")
+        with temporary.open("w", newline="") as file:
+            writer = csv.DictWriter(file, self.columns)
+            writer.writeheader()
+            writer.writerows(rows)
+        os.replace(temporary, self.path)
+
+
+class SkippedLog:
+    """skipped.jsonl: one line per sample that could not be used, with shard, key and reason.
+
+    Args:
+        path: of the file.
+        start_step: lines of later steps are dropped (see `MetricsCsv`).
+    """
+
+    def __init__(self, path: Path, start_step: int = 0) -> None:
+        self.path = path
+        if path.is_file():
+            kept = [line for line in path.open() if json.loads(line)["step"] <= start_step]
+            path.write_text("".join(kept))
+
+    def add(self, step: int, skipped: list[Mapping[str, Any]]) -> None:
+        """Appends lines."""
+        if skipped:
+            with self.path.open("a") as file:
+                file.writelines(json.dumps({"step": step, **line}) + "\n" for line in skipped)
+
+
+def wandb_mode(mode: str) -> str:
+    """Decides "auto": "online" where there is an account, else "offline"."""
+    if mode != "auto":
+        return mode
+    if chosen := os.environ.get("WANDB_MODE"):
+        return chosen
+    import wandb
+
+    return "online" if wandb.api.api_key else "offline"
+
+
+def wandb_logger(
+    run_dir: Path, settings: Mapping[str, Any], config: Mapping[str, Any], run_id: str | None
+) -> WandbLogger | None:
+    """A W&B logger that goes on with the run of the same id, or None where W&B is disabled.
+
+    Args:
+        run_dir: its files go into `run_dir/wandb`.
+        settings: `mode`, `project`, `entity`.
+        config: the run's configuration, shown on its page.
+        run_id: of the run to continue; None starts a new one.
+    """
+    mode = wandb_mode(settings["mode"])
+    if mode == "disabled":
+        return None
+    from wandb.sdk.lib.runid import generate_id
+
+    os.environ.setdefault("WANDB_SILENT", "true" if mode == "offline" else "false")
+    return WandbLogger(
+        name=run_dir.name,
+        save_dir=str(run_dir),
+        project=settings["project"],
+        entity=settings["entity"],
+        id=run_id or generate_id(),
+        resume="allow",
+        config=dict(config),
+        mode=mode,
+    )

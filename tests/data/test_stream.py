@@ -1,0 +1,494 @@
+"""Proven here, over real tars and with real loader workers:
+
+- the sequence of global batches (keys, texts, pixels) does not depend on ranks and workers
+- it continues after any number of micro-batches, with other ranks and workers, from the counts
+- it is the order of `order.py`: each epoch every sample once, sources by weight
+- unusable samples are replaced by the next usable one in stored order, everywhere alike, and named
+- I/O errors are retried, then stop the run; they never replace a sample
+- evaluation gives every image with all its captions in stored order
+"""
+
+import io
+import itertools
+import logging
+import pickle
+from collections import Counter
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from blip2_train.data import stream as stream_module
+from blip2_train.data.batch import EvalSample, collate, collate_eval, sample_id
+from blip2_train.data.shards import ShardError, ShardReader, write_index, write_shard
+from blip2_train.data.stream import EvalStream, ShardPool, TrainStream, open_source
+from blip2_train.data.text import load_text_tokenizer
+from blip2_train.data.transforms import EvalTransform, TrainTransform
+from blip2_train.errors import UserError
+
+C = 12  # contrastive batch: divides by 1, 2 and 3 ranks
+T = 8
+
+
+def jpeg(seed: int) -> bytes:
+    values = np.random.default_rng(seed).integers(0, 255, (4, 5, 3), dtype=np.uint8)
+    image = Image.fromarray(values).resize((25, 20), Image.Resampling.BICUBIC)
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+def write_source(folder: Path, split: str, sizes: list[int], bad: dict[str, object] | None = None):
+    """Shards of tiny pictures; `bad` maps a key to its replaced image bytes or captions."""
+    folder.mkdir()
+    numbers = itertools.count()
+    infos = []
+    for shard, size in enumerate(sizes):
+        samples = []
+        for _ in range(size):
+            n = next(numbers)
+            key = f"k{n:03d}"
+            broken = (bad or {}).get(key)
+            captions = [f"Caption {c} of {folder.name} {n}." for c in range(1 + n % 3)]
+            samples.append(
+                {
+                    "__key__": key,
+                    "jpg": broken if isinstance(broken, bytes) else jpeg(n),
+                    "json": {
+                        "image_id": n // 2,
+                        "captions": broken if isinstance(broken, list) else captions,
+                    },
+                }
+            )
+        infos.append(write_shard(folder / f"{split}-{shard:06d}.tar", samples))
+    write_index(folder, infos)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("streams")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder):
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "caption", "of", "one", "two"]
+    words += [str(n) for n in range(70)]
+    (folder / "tokenizer").mkdir()
+    (folder / "tokenizer" / "vocab.txt").write_text("\n".join(words) + "\n")
+    return load_text_tokenizer(folder / "tokenizer")
+
+
+BAD = {
+    "k003": b"not an image",
+    "k004": jpeg(4)[:200],
+    "k010": ["!!!", " . "],
+    "k018": [],
+}
+
+
+@pytest.fixture(scope="module")
+def sources(folder):
+    write_source(folder / "one", "train", [7, 5, 7, 0, 6], BAD)
+    write_source(folder / "two", "train", [4, 6])
+    return [
+        open_source("one", folder / "one", "train", 0.7),
+        open_source("two", folder / "two", "train", 0.3),
+    ]
+
+
+@pytest.fixture(scope="module")
+def make(sources, tokenizer):
+    """Build a stream over both sources, with anything changed."""
+
+    def build(transform=None, **changes) -> TrainStream:
+        used = [source.name for source in changes.get("sources", sources)]
+        arguments = {
+            "sources": sources,
+            "transforms": dict.fromkeys(used, transform or TrainTransform(8)),
+            "collate": partial(collate, tokenizer=tokenizer, max_text_tokens=T),
+            "contrastive_batch": C,
+            "seed": 5,
+            "shuffle_window": 2,
+            "max_open_shards": 2,
+        }
+        return TrainStream(**(arguments | changes))
+
+    return build
+
+
+def batches(stream: TrainStream, count: int, workers: int = 0) -> list[dict]:
+    loader = DataLoader(stream, batch_size=None, num_workers=workers)
+    return list(itertools.islice(loader, count))
+
+
+def global_batches(make, count: int, world: int, workers: int, **changes) -> list[list[tuple]]:
+    """Contrastive batches put together from all ranks: (key, text, ids, id, pixels) per sample."""
+    ranks = [
+        batches(make(rank=rank, world=world, **changes), count, workers) for rank in range(world)
+    ]
+    return [[row for batch in parts for row in rows(batch)] for parts in zip(*ranks, strict=True)]
+
+
+def rows(batch: dict) -> list[tuple]:
+    return list(
+        zip(
+            batch["keys"],
+            batch["text"],
+            map(tuple, batch["input_ids"].tolist()),
+            batch["image_id"].tolist(),
+            [image.numpy().tobytes() for image in batch["image"]],
+            strict=True,
+        )
+    )
+
+
+@pytest.fixture(scope="module")
+def expected(make):
+    return global_batches(make, 9, world=1, workers=0)
+
+
+@pytest.mark.parametrize(("world", "workers"), [(1, 1), (1, 3), (2, 0), (2, 1), (3, 2)])
+def test_ranks_and_workers_do_not_change_what_is_seen(make, expected, world, workers):
+    assert global_batches(make, 9, world, workers) == expected
+
+
+@pytest.mark.parametrize(
+    ("start", "world", "workers"), [(1, 1, 0), (4, 2, 0), (5, 1, 3), (7, 3, 0), (8, 2, 1)]
+)
+def test_it_continues_anywhere_with_other_ranks_and_workers(make, expected, start, world, workers):
+    drawn = make().drawn_after(start)
+    resumed = global_batches(make, 9 - start, world, workers, drawn=drawn)
+    assert resumed == expected[start:]
+
+
+def test_it_continues_with_another_batch_size(make, expected):
+    flat = [row for batch in expected for row in batch]
+    resumed = global_batches(make, 10, 2, 0, drawn=make().drawn_after(3), contrastive_batch=6)
+    assert [row for batch in resumed for row in batch] == flat[3 * C : 3 * C + 60]
+
+
+def test_iterating_again_starts_again(make):
+    stream = make()
+    first, again = (rows(next(iter(stream))) for _ in range(2))
+    assert first == again
+
+
+def test_counts_are_those_of_the_samples_drawn(make):
+    stream = make()
+    after = Counter()
+    for step, batch in enumerate(batches(stream, 5), start=1):
+        after.update(key.partition("/")[0] for key in batch["keys"])
+        assert stream.drawn_after(step) == dict(after)
+    assert abs(after["one"] / (5 * C) - 0.7) < 0.02
+
+
+def test_each_epoch_holds_each_good_sample_once(sources, make):
+    stream = make(sources=sources[1:])  # 10 samples
+    keys = [key for batch in batches(stream, 5) for key in batch["keys"]]
+    epochs = [keys[i : i + 10] for i in range(0, 60, 10)]
+    assert {len(set(epoch)) for epoch in epochs} == {10}
+    assert len({tuple(epoch) for epoch in epochs}) > 1
+
+
+def test_a_sample_is_seen_differently_in_each_epoch_and_with_each_seed(sources, make):
+    def views(seed: int) -> dict[str, set[bytes]]:
+        seen: dict[str, set[bytes]] = {}
+        for batch in batches(make(sources=sources[1:], seed=seed), 5):
+            for row in rows(batch):
+                seen.setdefault(row[0], set()).add(row[-1])
+        return seen
+
+    first, other = views(1), views(2)
+    assert all(len(pictures) >= 4 for pictures in first.values())  # five epochs or six
+    assert all(not (first[key] & other[key]) for key in first)
+
+
+def test_each_sample_of_each_epoch_has_its_own_randomness(make):
+    """Two sources here share names of shards and keys; an epoch of `two` is 10 samples."""
+    seeds: dict[tuple[str, int], set[int]] = {}
+    stream = make(transform=seed_as_image)
+    place = Counter()
+    for batch in batches(stream, 10):
+        for key, image in zip(batch["keys"], batch["image"], strict=True):
+            source = key.partition("/")[0]
+            epoch = place[source] // {"one": 25, "two": 10}[source]
+            place[source] += 1
+            seeds.setdefault((key, epoch), set()).add(image.item())
+    assert all(len(values) == 1 for values in seeds.values())
+    assert len(set().union(*seeds.values())) == len(seeds) > 60
+
+
+def test_samples_of_one_key_in_two_shards_have_their_own_randomness(folder, make):
+    infos = []
+    (folder / "echo").mkdir()
+    for name in ("train-000000.tar", "train-000001.tar"):
+        sample = {"__key__": "same", "jpg": jpeg(0), "json": {"captions": ["Caption one."]}}
+        infos.append(write_shard(folder / "echo" / name, [sample]))
+    write_index(folder / "echo", infos)
+    source = open_source("echo", folder / "echo", "train")
+    stream = make(sources=[source], transform=seed_as_image, contrastive_batch=2)
+    batch = batches(stream, 1)[0]
+    assert len(set(batch["keys"])) == len(set(batch["image"].tolist())) == 2
+    assert len(set(batch["image_id"].tolist())) == 2  # no image_id: two images
+
+
+def seed_as_image(image: Image.Image, generator: torch.Generator) -> torch.Tensor:
+    seed = generator.initial_seed()
+    return torch.tensor(seed - 2**64 if seed >= 2**63 else seed)
+
+
+def test_captions_are_drawn_evenly_and_cleaned(sources, make):
+    texts = Counter(
+        row[1]
+        for batch in batches(make(sources=sources[1:]), 150)
+        for row in rows(batch)
+        if row[0].endswith("k005")
+    )
+    assert set(texts) == {f"caption {c} of two 5" for c in range(3)}
+    assert min(texts.values()) > 180 / 3 - 5 * (180 * 2 / 9) ** 0.5
+
+
+def test_the_first_caption_and_a_prompt(sources, make):
+    stream = make(sources=sources[1:], caption="first", prompt="one ", max_words=3)
+    for row in rows(batches(stream, 1)[0]):
+        assert row[1] == "one caption 0 of"
+
+
+def test_pixels_and_ids_are_those_of_the_key(folder, sources, make):
+    """Against the shard itself: nothing is attached to the wrong key."""
+    batch = batches(make(sources=sources[1:], transform=plain_resize), 1)[0]
+    for key, _, _, image_id, pixels in rows(batch):
+        source, shard, name = key.split("/")
+        n = int(name[1:])
+        image = Image.open(io.BytesIO(jpeg(n))).convert("RGB")
+        assert pixels == EvalTransform(8)(image).numpy().tobytes()
+        assert image_id == sample_id(source, shard, name, n // 2)
+
+
+def test_each_source_has_its_own_transform(make):
+    batch = batches(make(transforms={"one": black, "two": white}), 1)[0]
+    expected = [int(key.startswith("two/")) for key in batch["keys"]]
+    assert batch["image"].tolist() == expected
+    assert set(expected) == {0, 1}
+
+
+def black(image: Image.Image, generator: torch.Generator) -> torch.Tensor:
+    return torch.tensor(0)
+
+
+def white(image: Image.Image, generator: torch.Generator) -> torch.Tensor:
+    return torch.tensor(1)
+
+
+def plain_resize(image: Image.Image, generator: torch.Generator) -> torch.Tensor:
+    return EvalTransform(8)(image)
+
+
+# Samples that cannot be used.
+
+
+def test_a_bad_sample_is_replaced_by_the_next_good_one_in_stored_order(sources, make):
+    stream = make(sources=sources[:1])
+    order = stream._orders["one"]
+    sizes = [info.samples for info in sources[0].shards]
+    first = [sum(sizes[:shard]) for shard in range(len(sizes))]
+    keys = [key for batch in batches(stream, 7) for key in batch["keys"]]
+    replaced = 0
+    for n, key in enumerate(keys):
+        _, shard, index = order.locate(n)
+        wanted = first[shard] + index
+        while f"k{wanted:03d}" in BAD:
+            wanted = first[shard] + (wanted - first[shard] + 1) % sizes[shard]
+            replaced += 1
+        assert key == f"one/{sources[0].shards[shard].name}/k{wanted:03d}"
+    assert replaced >= 4
+    # k018 is the last of its shard: its stand-in is the first one, k012.
+    assert Counter(key[-4:] for key in keys)["k012"] > 84 / 25
+
+
+def test_every_skip_is_reported_once_per_draw(sources, make):
+    reports = [
+        skip for batch in batches(make(sources=sources[:1]), 25) for skip in batch["skipped"]
+    ]
+    assert {report["key"] for report in reports} == set(BAD)
+    reasons = {report["key"]: report["reason"] for report in reports}
+    assert "not a readable image" in reasons["k003"]
+    assert "undecodable" in reasons["k004"]
+    assert reasons["k010"] == "no caption is left after cleaning"
+    assert "no captions" in reasons["k018"]
+    assert {report["shard"] for report in reports if report["key"] == "k003"} == {
+        "one/train-000000.tar"
+    }
+    # Twelve epochs: k004 is met when it is drawn and when it follows k003.
+    counts = Counter(report["key"] for report in reports)
+    assert counts == {"k003": 12, "k004": 24, "k010": 12, "k018": 12}
+
+
+def test_a_shard_without_a_good_sample_is_an_error(folder, make):
+    bad = {f"k{n:03d}": b"x" for n in range(3)}
+    write_source(folder / "rotten", "train", [3], bad)
+    stream = make(sources=[open_source("rotten", folder / "rotten", "train")])
+    with pytest.raises(ShardError, match=r"none of its 3 samples .*not a readable image"):
+        next(iter(stream))
+
+
+def test_a_cut_shard_is_an_error_not_a_replacement(folder, make):
+    write_source(folder / "cut", "train", [4])
+    source = open_source("cut", folder / "cut", "train")
+    path = folder / "cut" / "train-000000.tar"
+    path.write_bytes(path.read_bytes()[:-1024])
+    with pytest.raises(ShardError, match="bytes"):
+        next(iter(make(sources=[source])))
+
+
+def test_errors_of_a_worker_reach_the_main_process(folder, make):
+    bad = {f"k{n:03d}": b"x" for n in range(3)}
+    write_source(folder / "rotten2", "train", [3], bad)
+    stream = make(sources=[open_source("rotten2", folder / "rotten2", "train")])
+    loader = iter(DataLoader(stream, batch_size=None, num_workers=1))
+    with pytest.raises(ShardError, match="none of its 3 samples"):
+        next(loader)
+    loader._shutdown_workers()  # the caught exception keeps it alive, and later it takes 5 s
+
+
+class Flaky:
+    """Makes `ShardReader.read` fail with an I/O error a number of times."""
+
+    def __init__(self, monkeypatch, failures: int) -> None:
+        self.left, self.pauses, self.closed = failures, [], 0
+        read, close = ShardReader.read, ShardReader.close
+
+        def flaky_read(reader, i):
+            if self.left:
+                self.left -= 1
+                raise OSError(116, "Stale file handle")
+            return read(reader, i)
+
+        def counted_close(reader):
+            self.closed += 1
+            close(reader)
+
+        monkeypatch.setattr(ShardReader, "read", flaky_read)
+        monkeypatch.setattr(ShardReader, "close", counted_close)
+        monkeypatch.setattr(stream_module.time, "sleep", self.pauses.append)
+
+
+def test_an_io_error_is_retried_with_a_fresh_file(make, expected, monkeypatch, caplog):
+    flaky = Flaky(monkeypatch, failures=3)
+    with caplog.at_level(logging.WARNING):
+        batch = next(iter(make(max_open_shards=99)))
+    assert rows(batch) == expected[0]
+    assert flaky.pauses == list(stream_module.RETRY_SECONDS)
+    assert flaky.pauses == sorted(set(flaky.pauses)) and len(flaky.pauses) == 3
+    assert flaky.closed == 3
+    assert "Stale file handle" in caplog.text
+
+
+def test_an_io_error_that_stays_stops_the_run(make, monkeypatch):
+    flaky = Flaky(monkeypatch, failures=4)
+    with pytest.raises(OSError, match="Stale file handle"):
+        next(iter(make()))
+    assert flaky.left == 0
+
+
+def test_few_shards_are_open_at_a_time(sources, monkeypatch):
+    pool, open_now, closed = ShardPool(max_open=2), [], []
+    close = ShardReader.close
+    monkeypatch.setattr(
+        ShardReader, "close", lambda reader: (closed.append(reader.info.name), close(reader))
+    )
+    for shard in (0, 1, 0, 2, 0, 1):
+        pool.read(sources[0], shard, 0)
+        open_now.append(len(pool._readers))
+    assert max(open_now) == 2
+    # The one used longest ago goes: 1 for 2, then 2 for 1.
+    assert closed == ["train-000001.tar", "train-000002.tar"]
+
+
+def test_a_stream_opens_nothing_before_it_is_iterated_and_pickles(make, expected):
+    stream = make()
+    assert not stream._pool._readers
+    copy = pickle.loads(pickle.dumps(stream))
+    assert rows(next(iter(copy))) == expected[0]
+
+
+# What the user can get wrong.
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"contrastive_batch": 10, "world": 3}, r"10 samples .* multiple of 3"),
+        ({"contrastive_batch": 0}, "0 samples"),
+        ({"caption": "best"}, "data.caption='best'"),
+        ({"drawn": {"one": 3, "gone": 4}}, "drawn from gone"),
+    ],
+)
+def test_a_wrong_setting_is_named(make, changes, named):
+    with pytest.raises(UserError, match=named):
+        make(**changes)
+
+
+def test_a_missing_folder_split_or_index_is_named(folder, sources, tmp_path):
+    with pytest.raises(UserError, match=r"data\.sources\.coco\.shards=.*nowhere.*\bone\b.*two"):
+        open_source("coco", folder / "nowhere", "train")
+    with pytest.raises(UserError, match=r"data\.sources\.coco\.shards=.*index\.json"):
+        open_source("coco", tmp_path, "train")
+    with pytest.raises(UserError, match=r"split 'test'; its splits are train"):
+        open_source("coco", folder / "one", "test")
+
+
+# Evaluation.
+
+
+def test_evaluation_gives_every_image_with_all_captions_in_stored_order(sources, tokenizer):
+    data = EvalStream(sources[0], EvalTransform(8), prompt="one ")
+    assert len(data) == 25
+    loader = DataLoader(
+        data,
+        batch_size=4,
+        num_workers=2,
+        collate_fn=partial(collate_eval, tokenizer=tokenizer, max_text_tokens=T),
+    )
+    keys, captions, skipped = [], [], []
+    for batch in loader:
+        keys += batch["keys"]
+        skipped += [skip["key"] for skip in batch["skipped"]]
+        for text, row in zip(batch["text"], batch["caption_image"].tolist(), strict=True):
+            captions.append((batch["keys"][row][-4:], text))
+    good = [n for n in range(25) if f"k{n:03d}" not in BAD]
+    assert [key.rpartition("/")[2] for key in keys] == [f"k{n:03d}" for n in good]
+    assert skipped == list(BAD)
+    assert captions == [
+        (f"k{n:03d}", f"one caption {c} of one {n}") for n in good for c in range(1 + n % 3)
+    ]
+
+
+def test_evaluation_ids_join_samples_of_one_image(sources):
+    data = EvalStream(sources[1], EvalTransform(8))
+    items = [data[i] for i in range(len(data))]
+    assert all(isinstance(item, EvalSample) for item in items)
+    assert [item.image_id for item in items] == [
+        sample_id("two", "any", "any", n // 2) for n in range(10)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("limit", "numbers"), [(4, [0, 2, 5, 7]), (10, range(10)), (99, range(10))]
+)
+def test_an_evaluation_subset_is_evenly_spaced(sources, limit, numbers):
+    data = EvalStream(sources[1], EvalTransform(8), max_images=limit)
+    assert [data[i].item for i in range(len(data))] == list(range(len(data)))
+    assert [data[i].key[-4:] for i in range(len(data))] == [f"k{n:03d}" for n in numbers]
+    with pytest.raises(IndexError):
+        data[len(data)]
+
+
+def test_an_empty_evaluation_subset_is_refused(sources):
+    with pytest.raises(UserError, match="max_images=0"):
+        EvalStream(sources[1], EvalTransform(8), max_images=0)
