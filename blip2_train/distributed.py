@@ -63,7 +63,7 @@ class _AllGather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         # gloo has no reduce-scatter for every dtype; the features are small (B x Q x E)
-        grad = grad.contiguous()
+        grad = grad.clone(memory_format=torch.contiguous_format)  # autograd may share it
         dist.all_reduce(grad)
         return grad.chunk(ctx.world.size)[ctx.world.rank], None
 
@@ -147,9 +147,13 @@ def start(
     return World(rank, world_size)
 
 
-@functools.cache
 def _host_group() -> dist.ProcessGroup:
     """A gloo group of its own: values on the host travel beside the device's collectives."""
+    return _beside(dist.group.WORLD)
+
+
+@functools.lru_cache(maxsize=1)
+def _beside(world_group: Any) -> dist.ProcessGroup:  # a new default group needs a new one beside it
     group = dist.new_group(backend="gloo")
     assert isinstance(group, dist.ProcessGroup)
     return group

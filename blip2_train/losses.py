@@ -54,9 +54,8 @@ def itc_loss(sim_i2t: Tensor, sim_t2i: Tensor, positive: Tensor, smoothing: floa
         Scalar, nats.
     """
     with torch.autocast(sim_i2t.device.type, enabled=False):
-        target = positive / positive.sum(dim=1, keepdim=True)
+        target = positive.to(sim_i2t.dtype) / positive.sum(dim=1, keepdim=True)
         target = (1 - smoothing) * target + smoothing / positive.shape[1]
-        target = target.to(sim_i2t.dtype)
         i2t = -(target * F.log_softmax(sim_i2t, dim=1)).sum(dim=1)
         t2i = -(target * F.log_softmax(sim_t2i, dim=1)).sum(dim=1)
         return (i2t.mean() + t2i.mean()) / 2

@@ -106,12 +106,10 @@ def compose(overrides: list[str], config_dirs: tuple[str, ...] = ()) -> DictConf
 
 def run(arguments: list[str]) -> int:
     """Runs a command line and returns the exit code."""
-    logging.basicConfig(
-        level=logging.INFO if launch().rank == 0 else logging.ERROR,
-        format="%(asctime)s %(message)s",
-        datefmt="%H:%M:%S",
-        stream=sys.stdout,
-    )
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stdout)
+    level = logging.INFO if launch().rank == 0 else logging.ERROR
+    logging.getLogger("blip2_train").setLevel(level)
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)  # tips and advertisements
     dry_run = "--dry-run" in arguments
     arguments = [a for a in arguments if a != "--dry-run"]
     # `resume=never` is short for `resume.from=never`

@@ -5,6 +5,7 @@ A file holds tensors and plain values only, so it loads with `weights_only=True`
 
 import logging
 import os
+import pickle
 import re
 import zipfile
 from pathlib import Path
@@ -37,7 +38,10 @@ def save(path: Path, content: dict[str, Any]) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
-            torch.save(content, file)
+            try:
+                torch.save(content, file)
+            except RuntimeError as error:  # what its writer makes of a failed write
+                raise OSError(f"torch could not write {temporary}: {error}") from error
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -54,14 +58,22 @@ def save(path: Path, content: dict[str, Any]) -> None:
 def damage(path: Path) -> str | None:
     """What is wrong with a checkpoint file, or None; reads all of it.
 
-    `torch.load` does not notice flipped bits; the checksums of the zip archive do.
+    `torch.load` does not notice flipped bits; the checksums of the zip archive do. They do not
+    cover the archive's table of contents, which torch reads with more care than `zipfile`.
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            bad = archive.testzip()
-    except (zipfile.BadZipFile, OSError, EOFError, ValueError, NotImplementedError) as error:
+            for entry in archive.infolist():
+                if entry.compress_type != zipfile.ZIP_STORED:  # torch never compresses
+                    return f"{entry.filename} is compressed"
+            if (bad := archive.testzip()) is not None:
+                return f"wrong checksum of {bad}"
+        torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # reads no tensor
+    except pickle.UnpicklingError:  # whole, but not a file of plain values: the caller's matter
+        return None
+    except (zipfile.BadZipFile, OSError, EOFError, ValueError, RuntimeError) as error:
         return f"{type(error).__name__}: {error}"
-    return f"wrong checksum of {bad}" if bad is not None else None
+    return None
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -74,7 +86,10 @@ def load(path: Path) -> dict[str, Any]:
         raise UserError(f"there is no checkpoint {path}")
     if reason := damage(path):
         raise UserError(f"checkpoint {path} is damaged ({reason})")
-    content = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(f"{path} holds more than tensors and plain values") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UserError(f"{path} is not a checkpoint of blip2-train (format {FORMAT})")
     return content

@@ -6,12 +6,13 @@ of every key.
 
 import re
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
 from blip2_train.errors import UserError
 
-# (ours, LAVIS); a name is renamed by the first entry that it starts with.
+# (ours, LAVIS); an entry that ends in a dot renames what starts with it, others are whole names.
 NAMES = [
     ("qformer.query_tokens", "query_tokens"),
     ("qformer.ln_vision.", "ln_vision."),
@@ -71,9 +72,11 @@ class KeyAccount:
     unknown: list[str] = field(default_factory=list)
 
 
-def is_lavis(state: dict[str, Tensor]) -> bool:
+def is_lavis(state: Any) -> bool:
     """Whether the names are those of a LAVIS checkpoint."""
-    return any(name.startswith("Qformer.") for name in state) and "query_tokens" in state
+    if not isinstance(state, dict) or "query_tokens" not in state:
+        return False
+    return any(str(name).startswith("Qformer.") for name in state)
 
 
 def to_lavis_name(name: str) -> str:
@@ -124,6 +127,7 @@ def _rename(name: str, layer: re.Pattern[str], prefix: str, *, ours: int, theirs
     if match := layer.match(name):
         table, start, name = LAYER_NAMES, f"{prefix}{match[1]}.", name[match.end() :]
     for entry in table:
-        if name.startswith(entry[ours]):
+        known = entry[ours]
+        if name == known or (known.endswith(".") and name.startswith(known)):
             return start + entry[theirs] + name[len(entry[ours]) :]
     raise KeyError(start + name)

@@ -29,9 +29,10 @@ def recalls(score_i2t: Tensor, score_t2i: Tensor, caption_image: Tensor) -> dict
     own[caption_image, torch.arange(len(caption_image), device=own.device)] = True
     own = own.to(score_i2t.device)
     best = score_i2t.masked_fill(~own, -torch.inf).amax(dim=1, keepdim=True)
-    rank_i2t = ((score_i2t >= best) & ~own).sum(dim=1)
+    # "not below" instead of "at least": a score that is not a number must count against us, too
+    rank_i2t = (~(score_i2t < best) & ~own).sum(dim=1)
     mine = score_t2i.gather(1, caption_image.to(score_t2i.device)[:, None])
-    rank_t2i = (score_t2i >= mine).sum(dim=1) - 1
+    rank_t2i = (~(score_t2i < mine)).sum(dim=1) - 1
     metrics = {}
     for direction, rank in (("i2t", rank_i2t), ("t2i", rank_t2i)):
         for k in (1, 5, 10):

@@ -15,7 +15,7 @@ from blip2_train.data.batch import lm_targets
 from blip2_train.distributed import World, gather_objects
 from blip2_train.evaluation.retrieval import chunks, pairs_to_match, recalls, rerank
 from blip2_train.losses import max_similarity
-from blip2_train.models.stage1 import Blip2Stage1
+from blip2_train.models.stage1 import Blip2Stage1, widen
 
 # Captions that one matching pass scores against an image.
 PAIRS_AT_ONCE = 256
@@ -186,7 +186,7 @@ def match_captions(
             ids[part, :length].to(image_embeds.device),
             mask[part, :length].to(image_embeds.device),
         )
-        scores.append(logits[:, 1].float().cpu())
+        scores.append(widen(logits[:, 1]).cpu())
     return torch.cat(scores)
 
 

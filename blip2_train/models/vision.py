@@ -8,8 +8,10 @@ last feature map, one token per cell (CLIP ResNets: the map before attention poo
 `ln_vision`, the trainable norm that follows the tower, belongs to the Q-Former.
 """
 
+import contextlib
+import difflib
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,9 +55,15 @@ class VisionTower(Frozen):
         super().__init__()
         self.name = name
         self.weights = weights
-        self.tower = _create(name, image_size, weights, seed)
+        with _recorded_missing_keys() as missing:
+            self.tower = _create(name, image_size, weights, seed)
         if drop_last_block:
             _drop_last_block(name, self.tower)
+        if lacking := sorted(set(missing) & set(self.tower.state_dict())):
+            raise UserError(
+                f"vision.weights={weights} lacks {len(lacking)} weights of {name}, the first is "
+                f"{lacking[0]}; give a file of this model's weights"
+            )
         pretrained: dict[str, Any] = self.tower.pretrained_cfg  # type: ignore[assignment]
         self.image_size: int = image_size or pretrained["input_size"][-1]
         self.mean: tuple[float, ...] = pretrained["mean"]
@@ -64,7 +72,12 @@ class VisionTower(Frozen):
         self.freeze()
         with torch.device("meta"):
             blank = torch.zeros(1, 3, self.image_size, self.image_size, dtype=DTYPES[dtype])
-        tokens = _meta_tokens(self.tower, blank)
+        try:
+            tokens = _meta_tokens(self.tower, blank)
+        except AssertionError as error:  # timm's checks of the input's size
+            raise UserError(
+                f"vision.image_size={self.image_size} does not suit {name}: {error}"
+            ) from error
         self.num_tokens, self.width = tokens.shape[1:]
 
     @property
@@ -118,6 +131,11 @@ def normalise(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> Ten
 def image_tokens(tower: nn.Module, image: Tensor) -> Tensor:
     """A timm model's features as a sequence: [B, 3, S, S] -> [B, P, Dv]."""
     features = tower.forward_features(image)  # type: ignore[operator]
+    if not isinstance(features, Tensor):
+        raise UserError(
+            f"vision: {type(tower).__name__} gives several feature maps, not one; take another "
+            "timm model"
+        )
     if features.ndim == 4:  # [B, Dv, h, w], or [B, h, w, Dv] of models that say so
         if getattr(tower, "output_fmt", "NCHW") == "NHWC":
             return features.flatten(1, 2)
@@ -146,8 +164,14 @@ def _meta_tokens(tower: nn.Module, blank: Tensor) -> Tensor:
 
 def _create(name: str, image_size: int | None, weights: str, seed: int) -> nn.Module:
     if not timm.is_model(name):
-        close = timm.list_models(f"*{name.split('_')[0]}*")[:5]
+        close = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.4)
         raise UserError(f"vision.name={name} is not a timm model; close names: {close}")
+    try:
+        published = timm.get_pretrained_cfg(name)
+    except RuntimeError as error:
+        tags = [full.partition(".")[2] for full in timm.list_pretrained(name.partition(".")[0])]
+        raise UserError(f"vision.name={name}: {error} Its tags: {', '.join(tags)}") from error
+    assert published is not None
     options: dict = {"num_classes": 0}
     if weights not in ("pretrained", "random"):
         if not Path(weights).is_file():
@@ -156,12 +180,14 @@ def _create(name: str, image_size: int | None, weights: str, seed: int) -> nn.Mo
                 "'pretrained' or 'random'"
             )
         options["pretrained_cfg_overlay"] = {"file": weights}
-    own_size = timm.get_pretrained_cfg(name).input_size[-1]  # type: ignore[union-attr]
-    if image_size is not None and image_size != own_size:
+    if image_size is not None and image_size != published.input_size[-1]:
         options["img_size"] = image_size
-    # The draw must not depend on, or disturb, anybody else's random numbers.
+    # A file of another kind fails in as many ways as there are kinds.
+    unreadable = (OSError, RuntimeError) if weights in ("pretrained", "random") else (Exception,)
+    # The draw must not depend on, or disturb, anybody else's random numbers (weights are drawn on
+    # the CPU; torch.manual_seed would seed the GPUs too).
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         try:
             return timm.create_model(name, pretrained=weights != "random", **options)
         except TypeError as error:
@@ -169,21 +195,41 @@ def _create(name: str, image_size: int | None, weights: str, seed: int) -> nn.Mo
                 raise
             options.pop("img_size")  # convolutional towers take any size
             return timm.create_model(name, pretrained=weights != "random", **options)
-        except (OSError, RuntimeError) as error:
+        except unreadable as error:
             source = "download" if weights == "pretrained" else f"file {weights}"
             raise UserError(
                 f"the weights of vision.name={name} could not be loaded ({source}): "
-                f"{str(error).splitlines()[0]}; without a network set vision.weights to a file of "
+                f"{(str(error) or type(error).__name__).splitlines()[0]}; without a network set "
+                "vision.weights to a file of "
                 "timm weights"
             ) from error
+
+
+@contextlib.contextmanager
+def _recorded_missing_keys() -> Iterator[list[str]]:
+    """Names that loading leaves at their random values: timm passes over them in silence."""
+    missing: list[str] = []
+    original = nn.Module.load_state_dict
+
+    def load_state_dict(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        result = original(self, *args, **kwargs)
+        missing.extend(result.missing_keys)
+        return result
+
+    nn.Module.load_state_dict = load_state_dict  # type: ignore[method-assign]
+    try:
+        yield missing
+    finally:
+        nn.Module.load_state_dict = original  # type: ignore[method-assign]
 
 
 def _drop_last_block(name: str, tower: nn.Module) -> None:
     blocks = getattr(tower, "blocks", None)
     is_transformer = hasattr(tower, "pos_embed") or hasattr(tower, "rope")
+    is_transformer &= not hasattr(tower, "stages") and not hasattr(tower, "stage_ends")
     if not is_transformer or blocks is None or len(blocks) < 2:
         raise UserError(
-            f"vision.drop_last_block=true needs a transformer of two or more blocks, which {name} "
-            "is not; set vision.drop_last_block=false"
+            f"vision.drop_last_block=true needs a plain transformer of two or more blocks, which "
+            f"{name} is not; set vision.drop_last_block=false"
         )
     tower.prune_intermediate_layers([len(blocks) - 2], prune_norm=True, prune_head=True)  # type: ignore[operator]

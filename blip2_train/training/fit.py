@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import logging
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,10 @@ from blip2_train.training.stage1 import Stage1Module
 from blip2_train.training.validation import Validation
 
 log = logging.getLogger(__name__)
+
+# Lightning counts the frozen tower's modules and warns that they are in eval mode; they must be.
+warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")
+warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)")
 
 
 def fit(cfg: Mapping[str, Any], launch: Launch) -> Path:

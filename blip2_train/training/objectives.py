@@ -25,6 +25,7 @@ from blip2_train.models.stage1 import Blip2Stage1, ImageOutput
 from blip2_train.seeding import stable_hash
 
 ALONE = World()
+OBJECTIVES = ("itc", "itm", "lm")
 # Positions whose logits over the vocabulary are held at a time; more are recomputed in backward.
 LM_CHUNK = 2048
 
@@ -101,7 +102,7 @@ def stage1_step(
         `normalise=global` their mean over ranks is the loss of the global batch; and named
         intermediate tensors, for metrics and tests.
     """
-    on = {name for name, weight in config.weights.items() if weight}
+    on = [name for name in OBJECTIVES if config.weights[name]]  # ordered: sums must be repeatable
     B, T = batch["input_ids"].shape[0], batch["text_length"]
     input_ids, attention_mask = batch["input_ids"][:, :T], batch["attention_mask"][:, :T]
     image_id_all, *text_all = _gather_text(batch, world)
@@ -274,7 +275,7 @@ def _match(
     }
 
 
-def _normalise(out: dict[str, Tensor], on: set[str], normalise: str, world: World) -> None:
+def _normalise(out: dict[str, Tensor], on: list[str], normalise: str, world: World) -> None:
     """Turns summed losses into means, over this rank's counts or over all ranks'.
 
     DDP averages gradients over ranks, so with global counts a rank's share is scaled by their
