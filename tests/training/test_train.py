@@ -4,8 +4,8 @@ Proven: a run killed by SIGKILL in the middle and started again by the same comm
 exact weights, optimizer state and metrics of an undisturbed one, on 1 and on 3 processes; the image
 tower is not touched, not trained and not stored; checkpoints load with weights_only; a damaged one
 is detected and the one before is used; what may not change on resume is refused; samples drawn and
-validation do not depend on the number of processes; a non-finite gradient skips the step everywhere;
-bad input ends with one sentence and exit code 2.
+validation do not depend on the number of processes; a non-finite gradient skips the step; bad input
+ends with one sentence and exit code 2.
 """
 
 import csv
