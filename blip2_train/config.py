@@ -4,6 +4,7 @@ No torch here: `blip2-train --help` must answer at once.
 """
 
 import difflib
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -106,9 +107,11 @@ def plan_batch(size: int, accumulate: int, world_size: int) -> BatchPlan:
     Raises:
         UserError: it cannot be cut evenly; names the nearest sizes that can.
     """
+    if accumulate < 1:
+        raise UserError(f"batch.accumulate={accumulate} must be at least 1")
     unit = world_size * accumulate
-    if size < 1 or accumulate < 1 or size % unit:
-        below, above = size // unit * unit, (size // unit + 1) * unit
+    if size < 1 or size % unit:
+        below, above = size // unit * unit, (max(size, 0) // unit + 1) * unit
         near = f"{below} or {above}" if below > 0 else f"{above}"
         raise UserError(
             f"batch.size={size} is not divisible by devices x batch.accumulate = "
@@ -136,8 +139,74 @@ def to_plain(cfg: DictConfig) -> dict[str, Any]:
     return plain
 
 
+# What single keys may be: one of some values,
+CHOICES: dict[str, tuple[str, ...]] = {
+    "loss.itc.gradient": ("reference", "full"),
+    "loss.normalise": ("global", "rank"),
+    "trainer.precision": ("32-true", "64-true", "bf16-mixed"),
+    "trainer.accelerator": ("auto", "cpu", "gpu"),
+    "vision.dtype": ("float32", "bfloat16"),
+    "data.caption": ("uniform", "first"),
+    "wandb.mode": ("auto", "online", "offline", "disabled"),
+}
+# a whole number of at least,
+COUNTS = {
+    "batch.accumulate": 1,
+    "batch.size": 1,
+    "checkpoint.every": 1,
+    "checkpoint.keep_best": 0,
+    "checkpoint.keep_every": 1,
+    "checkpoint.keep_last": 1,
+    "data.max_words": 1,
+    "data.num_workers": 0,
+    "data.shuffle_window": 1,
+    "model.embed_dim": 1,
+    "schedule.steps_per_epoch": 1,
+    "schedule.warmup_steps": 0,
+    "text.bucket": 1,
+    "text.max_tokens": 3,
+    "trainer.devices": 1,
+    "trainer.log_every": 1,
+    "trainer.max_consecutive_skips": 1,
+    "trainer.max_steps": 1,
+    "validation.batch_size": 1,
+    "validation.every": 1,
+    "validation.max_images": 1,
+    "validation.rerank_k": 0,
+    "validation.samples": 0,
+}
+# or a number within bounds, both included; lists have it for each of their two numbers.
+NUMBERS: dict[str, tuple[float, float]] = {
+    "data.crop_scale": (1e-6, 1),
+    "data.flip": (0, 1),
+    "data.max_skip_fraction": (0, 1),
+    "loss.itc.smoothing": (0, 1 - 1e-9),
+    "loss.lm.smoothing": (0, 1 - 1e-9),
+    "loss.weights.itc": (0, math.inf),
+    "loss.weights.itm": (0, math.inf),
+    "loss.weights.lm": (0, math.inf),
+    "model.temp": (0.001, 0.5),
+    "optimizer.betas": (0, 1 - 1e-9),
+    "optimizer.eps": (0, math.inf),
+    "optimizer.grad_clip": (1e-12, math.inf),
+    "optimizer.lr": (0, math.inf),
+    "optimizer.weight_decay": (0, math.inf),
+    "schedule.min_lr": (0, math.inf),
+    "schedule.warmup_lr": (0, math.inf),
+}
+PAIRS = ("data.crop_scale", "optimizer.betas")
+NULLABLE = (
+    "checkpoint.keep_every",
+    "optimizer.grad_clip",
+    "schedule.steps_per_epoch",
+    "trainer.devices",
+    "validation.every",
+    "validation.max_images",
+)
+
+
 def validate(cfg: Mapping[str, Any], world_size: int = 1) -> None:
-    """Rules across keys, all checked before anything is built.
+    """Rules for keys and across keys, all checked before anything is built.
 
     Args:
         cfg: resolved configuration, from `to_plain`.
@@ -146,76 +215,64 @@ def validate(cfg: Mapping[str, Any], world_size: int = 1) -> None:
     Raises:
         UserError: with every problem found.
     """
-    problems: list[str] = []
+    flat = flatten(cfg)
+    problems = _value_problems(flat)
 
     def need(condition: bool, message: str) -> None:
         if not condition:
             problems.append(message)
 
-    def one_of(key: str, allowed: tuple) -> None:
-        value: Any = cfg
-        for part in key.split("."):
-            value = value[part]
-        need(value in allowed, f"{key}={value} must be one of {', '.join(map(str, allowed))}")
-
-    def at_least(key: str, least: float, *, null: bool = False) -> None:
-        value: Any = cfg
-        for part in key.split("."):
-            value = value[part]
-        if value is None and null:
-            return
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        need(number and value >= least, f"{key}={value} must be a number of at least {least}")
-
-    one_of("loss.itc.gradient", ("reference", "full"))
-    one_of("loss.normalise", ("global", "rank"))
-    one_of("trainer.precision", ("32-true", "64-true", "bf16-mixed"))
-    one_of("trainer.accelerator", ("auto", "cpu", "gpu"))
-    one_of("vision.dtype", ("float32", "bfloat16"))
-    one_of("data.caption", ("uniform", "first"))
-    one_of("wandb.mode", ("auto", "online", "offline", "disabled"))
-    for key in ("trainer.log_every", "checkpoint.every", "checkpoint.keep_last"):
-        at_least(key, 1)
-    for key in ("trainer.max_steps", "batch.size", "batch.accumulate", "validation.batch_size"):
-        at_least(key, 1)
-    for key in ("validation.every", "validation.max_images", "checkpoint.keep_every"):
-        at_least(key, 1, null=True)
-    for key in ("data.num_workers", "validation.rerank_k", "validation.samples"):
-        at_least(key, 0)
-    at_least("text.max_tokens", 3)
-    at_least("text.bucket", 1)
-    at_least("optimizer.grad_clip", 1e-12, null=True)
-    for key in ("optimizer.lr", "optimizer.weight_decay", "optimizer.eps"):
-        at_least(key, 0)
-    for key in ("schedule.min_lr", "schedule.warmup_lr", "schedule.warmup_steps"):
-        at_least(key, 0)
-    at_least("schedule.steps_per_epoch", 1, null=True)
     weights = cfg["loss"]["weights"]
-    need(
-        any(weights.values()) and all(w >= 0 for w in weights.values()),
-        f"loss.weights={weights} must not be negative, and at least one must be above 0",
-    )
-    for name in ("itc", "lm"):
-        smoothing = cfg["loss"][name]["smoothing"]
-        need(0 <= smoothing < 1, f"loss.{name}.smoothing={smoothing} must be in [0, 1)")
+    need(any(weights.values()), f"loss.weights={weights}: at least one must be above 0")
     need(bool(cfg["data"]["sources"]), "data.sources is empty; name at least one source")
+    tokens, positions = flat["text.max_tokens"], flat["qformer.max_positions"]
+    if _is_number(tokens) and _is_number(positions):
+        need(
+            tokens <= positions,
+            f"text.max_tokens={tokens} exceeds qformer.max_positions={positions}",
+        )
+    name = str(cfg["run"]["name"])
     need(
-        cfg["text"]["max_tokens"] <= cfg["qformer"]["max_positions"],
-        f"text.max_tokens={cfg['text']['max_tokens']} exceeds qformer.max_positions="
-        f"{cfg['qformer']['max_positions']}",
+        "/" not in name and name not in ("", ".", ".."),
+        f"run.name={name} must be a plain folder name; run.dir holds the path",
     )
-    need(
-        "/" not in str(cfg["run"]["name"]) and str(cfg["run"]["name"]) not in ("", ".", ".."),
-        f"run.name={cfg['run']['name']} must be a plain folder name; run.dir holds the path",
-    )
-    try:
-        plan_batch(int(cfg["batch"]["size"]), int(cfg["batch"]["accumulate"]), world_size)
-    except UserError as error:
-        problems.append(str(error))
-    except (TypeError, ValueError):
-        pass  # no number: said above
+    size, accumulate = flat["batch.size"], flat["batch.accumulate"]
+    if isinstance(size, int) and isinstance(accumulate, int) and min(size, accumulate) > 0:
+        try:
+            plan_batch(size, accumulate, world_size)
+        except UserError as error:
+            problems.append(str(error))
     if problems:
         raise UserError("; ".join(problems))
+
+
+def _value_problems(flat: Mapping[str, Any]) -> list[str]:
+    """A sentence for each value that its key cannot have."""
+    problems = []
+    for key, allowed in CHOICES.items():
+        if flat[key] not in allowed:
+            problems.append(f"{key}={flat[key]} must be one of {', '.join(allowed)}")
+    for key, least in COUNTS.items():
+        value = flat[key]
+        if value is None and key in NULLABLE:
+            continue
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            problems.append(f"{key}={value} must be a whole number of at least {least}")
+    for key, (low, high) in NUMBERS.items():
+        value = flat[key]
+        if value is None and key in NULLABLE:
+            continue
+        values = value if key in PAIRS and isinstance(value, list) and len(value) == 2 else [value]
+        fits = len(values) == (2 if key in PAIRS else 1)
+        if not fits or not all(_is_number(v) and low <= v <= high for v in values):
+            what = "two numbers" if key in PAIRS else "a number"
+            bound = f"of at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
+            problems.append(f"{key}={value} must be {what} {bound}")
+    return problems
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def unknown_keys(cfg: DictConfig, keys: list[str]) -> list[str]:
@@ -272,9 +329,13 @@ RESUME_FREE = (
     "data.root",
     "data.num_workers",
     "data.max_skip_fraction",
+    "data.validation.",
     "validation.",
     "checkpoint.",
     "wandb.",
+    # where they lie; what they hold is compared by its digest
+    "text.tokenizer",
+    "vision.weights",
 )
 # Never: another model, other data, other random numbers. That is another run.
 RESUME_REFUSED = ("kind", "seed", "data.", "text.", "vision.", "qformer.", "model.")

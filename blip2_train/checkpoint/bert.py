@@ -1,8 +1,10 @@
 """Initial weights of the Q-Former from a BERT (BLIP-2, section 3.1)."""
 
-from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from blip2_train.errors import UserError
@@ -45,7 +47,20 @@ def bert_sources(num_layers: int) -> dict[str, str]:
     return sources
 
 
-def read_bert(name_or_path: str) -> dict[str, Tensor]:
+@dataclass(frozen=True)
+class Bert:
+    """What a Q-Former starts from.
+
+    Attributes:
+        weights: under BERT's names.
+        num_heads: attention heads, which the weights' shapes do not tell.
+    """
+
+    weights: dict[str, Tensor]
+    num_heads: int
+
+
+def read_bert(name_or_path: str) -> Bert:
     """Weights of a BERT with its prediction head, by Hugging Face id or local folder.
 
     Raises:
@@ -57,8 +72,17 @@ def read_bert(name_or_path: str) -> dict[str, Tensor]:
         config = AutoConfig.from_pretrained(name_or_path)
         if config.model_type != "bert":
             raise UserError(f"qformer.init={name_or_path} is a {config.model_type}, not a bert")
-        return BertForMaskedLM.from_pretrained(name_or_path).state_dict()
-    except (OSError, ValueError) as error:
+        if config.hidden_act != "gelu":
+            raise UserError(
+                f"qformer.init={name_or_path} has hidden_act={config.hidden_act}, the Q-Former gelu"
+            )
+        loaded: Any = BertForMaskedLM.from_pretrained(name_or_path, output_loading_info=True)
+        bert, report = loaded
+        # what the files lack was drawn at random: a BERT without its head, other names
+        drawn = set(report["missing_keys"])
+        weights = {k: v for k, v in bert.state_dict().items() if k not in drawn}
+        return Bert(weights, config.num_attention_heads)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(
@@ -68,7 +92,7 @@ def read_bert(name_or_path: str) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def init_from_bert(qformer: nn.Module, bert: Mapping[str, Tensor], name: str) -> dict[str, str]:
+def init_from_bert(qformer: nn.Module, bert: Bert, name: str) -> dict[str, str]:
     """Copies BERT's weights into the Q-Former.
 
     What BERT does not have keeps its random draw: queries, `ln_vision`, cross-attention, and the
@@ -76,7 +100,7 @@ def init_from_bert(qformer: nn.Module, bert: Mapping[str, Tensor], name: str) ->
 
     Args:
         qformer: changed in place.
-        bert: weights, from `read_bert`.
+        bert: from `read_bert`.
         name: where they come from, for messages.
 
     Returns:
@@ -86,11 +110,16 @@ def init_from_bert(qformer: nn.Module, bert: Mapping[str, Tensor], name: str) ->
         UserError: the BERT has another shape.
     """
     sources = bert_sources(len(qformer.layers))  # type: ignore[arg-type]
-    missing = [theirs for theirs in sources.values() if theirs not in bert]
+    missing = [theirs for theirs in sources.values() if theirs not in bert.weights]
     if missing:
         raise UserError(
-            f"qformer.init={name} has no {missing[0]} (and {len(missing) - 1} more); "
-            "qformer.num_layers must not exceed BERT's"
+            f"qformer.init={name} has no {missing[0]} (and {len(missing) - 1} more); it must be a "
+            "BERT with its prediction head, and qformer.num_layers must not exceed its layers"
+        )
+    num_heads = qformer.layers[0].self_attention.num_heads  # type: ignore[index, union-attr]
+    if num_heads != bert.num_heads:
+        raise UserError(
+            f"qformer.num_heads={num_heads}, but {name} has {bert.num_heads}; set it to BERT's"
         )
     origin = {}
     for ours, parameter in qformer.named_parameters():
@@ -98,7 +127,7 @@ def init_from_bert(qformer: nn.Module, bert: Mapping[str, Tensor], name: str) ->
         if theirs is None:
             origin[ours] = "random"
             continue
-        value = bert[theirs]
+        value = bert.weights[theirs]
         rows = len(value)
         if ours in ("word_embeddings.weight", "lm_head.bias"):
             if rows not in (len(parameter), len(parameter) - 1):

@@ -61,11 +61,13 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str], list[st
             f"init_from={path} holds more than tensors and plain values and is not loaded, since "
             "it could run code"
         ) from error
-    if isinstance(content, dict) and content.get("format") == FORMAT:
-        return content["model"], {}, []
     state = content.get("model", content) if isinstance(content, dict) else {}
-    if not is_lavis(state):
+    ours = isinstance(content, dict) and content.get("format") == FORMAT
+    tensors = isinstance(state, dict) and all(isinstance(v, Tensor) for v in state.values())
+    if not tensors or not (ours or is_lavis(state)):
         raise UserError(f"init_from={path} is a checkpoint of neither blip2-train nor LAVIS")
+    if ours:
+        return state, {}, []
     account = from_lavis(state)
     return account.state, account.dropped, account.unknown
 

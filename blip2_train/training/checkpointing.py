@@ -2,7 +2,7 @@
 
 import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,11 @@ class RunState:
     data: dict[str, dict[str, Any]] = field(default_factory=dict)
     wandb_id: str | None = None
     scores: dict[int, float] = field(default_factory=dict)
+
+    def go_on_from(self, checkpoint: Mapping[str, Any]) -> None:
+        """Takes over what a checkpoint says of the run so far."""
+        for name in ("step", "drawn", "wandb_id", "scores"):
+            setattr(self, name, checkpoint[name])
 
 
 def trained_state(model: nn.Module, frozen_prefixes: tuple[str, ...]) -> dict[str, Tensor]:
