@@ -205,6 +205,10 @@ NULLABLE = (
 )
 
 
+# What every source of data.sources says.
+SOURCE_KEYS = {"shards", "split", "weight", "randaugment"}
+
+
 def validate(cfg: Mapping[str, Any], world_size: int = 1) -> None:
     """Rules for keys and across keys, all checked before anything is built.
 
@@ -215,28 +219,35 @@ def validate(cfg: Mapping[str, Any], world_size: int = 1) -> None:
     Raises:
         UserError: with every problem found.
     """
-    flat = flatten(cfg)
-    problems = _value_problems(flat)
+    problems = _value_problems(cfg)
 
     def need(condition: bool, message: str) -> None:
         if not condition:
             problems.append(message)
 
-    weights = cfg["loss"]["weights"]
-    need(any(weights.values()), f"loss.weights={weights}: at least one must be above 0")
-    need(bool(cfg["data"]["sources"]), "data.sources is empty; name at least one source")
-    tokens, positions = flat["text.max_tokens"], flat["qformer.max_positions"]
+    weights = _at(cfg, "loss.weights")
+    need(
+        isinstance(weights, Mapping) and any(weights.values()),
+        f"loss.weights={weights}: at least one must be above 0",
+    )
+    need(bool(_at(cfg, "data.sources")), "data.sources is empty; name at least one source")
+    for name, source in (_at(cfg, "data.sources") or {}).items():
+        given = set(source or {})
+        missing, unknown = sorted(SOURCE_KEYS - given), sorted(given - SOURCE_KEYS)
+        need(not missing, f"data.sources.{name} has no {', '.join(missing)}")
+        need(not unknown, f"data.sources.{name} has unknown keys: {', '.join(unknown)}")
+    tokens, positions = _at(cfg, "text.max_tokens"), _at(cfg, "qformer.max_positions")
     if _is_number(tokens) and _is_number(positions):
         need(
             tokens <= positions,
             f"text.max_tokens={tokens} exceeds qformer.max_positions={positions}",
         )
-    name = str(cfg["run"]["name"])
+    name = str(_at(cfg, "run.name"))
     need(
         "/" not in name and name not in ("", ".", ".."),
         f"run.name={name} must be a plain folder name; run.dir holds the path",
     )
-    size, accumulate = flat["batch.size"], flat["batch.accumulate"]
+    size, accumulate = _at(cfg, "batch.size"), _at(cfg, "batch.accumulate")
     if isinstance(size, int) and isinstance(accumulate, int) and min(size, accumulate) > 0:
         try:
             plan_batch(size, accumulate, world_size)
@@ -246,20 +257,20 @@ def validate(cfg: Mapping[str, Any], world_size: int = 1) -> None:
         raise UserError("; ".join(problems))
 
 
-def _value_problems(flat: Mapping[str, Any]) -> list[str]:
+def _value_problems(cfg: Mapping[str, Any]) -> list[str]:
     """A sentence for each value that its key cannot have."""
     problems = []
     for key, allowed in CHOICES.items():
-        if flat[key] not in allowed:
-            problems.append(f"{key}={flat[key]} must be one of {', '.join(allowed)}")
+        if (value := _at(cfg, key)) not in allowed:
+            problems.append(f"{key}={value} must be one of {', '.join(allowed)}")
     for key, least in COUNTS.items():
-        value = flat[key]
+        value = _at(cfg, key)
         if value is None and key in NULLABLE:
             continue
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             problems.append(f"{key}={value} must be a whole number of at least {least}")
     for key, (low, high) in NUMBERS.items():
-        value = flat[key]
+        value = _at(cfg, key)
         if value is None and key in NULLABLE:
             continue
         values = value if key in PAIRS and isinstance(value, list) and len(value) == 2 else [value]
@@ -269,6 +280,12 @@ def _value_problems(flat: Mapping[str, Any]) -> list[str]:
             bound = f"of at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
             problems.append(f"{key}={value} must be {what} {bound}")
     return problems
+
+
+def _at(cfg: Any, key: str) -> Any:
+    for part in key.split("."):
+        cfg = cfg.get(part) if isinstance(cfg, Mapping) else None
+    return cfg
 
 
 def _is_number(value: Any) -> bool:
@@ -329,13 +346,13 @@ RESUME_FREE = (
     "data.root",
     "data.num_workers",
     "data.max_skip_fraction",
+    # places, whose content the checkpoint identifies by a digest
+    "vision.weights",
+    "text.tokenizer",
     "data.validation.",
     "validation.",
     "checkpoint.",
     "wandb.",
-    # where they lie; what they hold is compared by its digest
-    "text.tokenizer",
-    "vision.weights",
 )
 # Never: another model, other data, other random numbers. That is another run.
 RESUME_REFUSED = ("kind", "seed", "data.", "text.", "vision.", "qformer.", "model.")

@@ -84,7 +84,7 @@ def compose(overrides: list[str], config_dirs: tuple[str, ...] = ()) -> DictConf
     try:
         with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
             known = hydra.compose("train", groups)
-            keys = [v.split("=", 1)[0] for v in values]
+            keys = [v.split("=", 1)[0].lstrip("~") for v in values]
             problems = unknown_keys(known, [k for k in keys if k[0] != "+" and k[:6] != "hydra."])
             if problems:
                 raise UserError("; ".join(problems))
@@ -109,7 +109,6 @@ def run(arguments: list[str]) -> int:
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stdout)
     level = logging.INFO if launch().rank == 0 else logging.ERROR
     logging.getLogger("blip2_train").setLevel(level)
-    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)  # tips and advertisements
     dry_run = "--dry-run" in arguments
     arguments = [a for a in arguments if a != "--dry-run"]
     # `resume=never` is short for `resume.from=never`
@@ -141,7 +140,7 @@ def _split(arguments: list[str]) -> tuple[list[str], tuple[str, ...]]:
             folders.append(argument.removeprefix("--config-dir="))
         elif argument.startswith("-"):
             raise UserError(f"unknown option {argument}; see blip2-train --help")
-        elif "=" not in argument:
+        elif "=" not in argument and not argument.startswith("~"):
             raise UserError(f"{argument} is not of the form key=value; see blip2-train --help")
         else:
             overrides.append(argument)

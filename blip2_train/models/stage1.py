@@ -89,7 +89,7 @@ class Blip2Stage1(nn.Module):
         """
         hidden = self.qformer.forward_multimodal(images, input_ids, attention_mask)
         queries = hidden[:, : self.qformer.num_query_tokens]
-        return self.itm_head(queries).mean(dim=1), hidden
+        return widen(self.itm_head(queries)).mean(dim=1), hidden
 
     def caption(self, input_ids: Tensor, query_kv: list[KeyValue]) -> Tensor:
         """The causal pass: [B, T] ids -> [B, T, D]; [DEC] takes the place of [CLS]."""

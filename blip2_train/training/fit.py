@@ -48,6 +48,7 @@ from blip2_train.training.validation import Validation
 
 log = logging.getLogger(__name__)
 
+logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)  # tips and advertisements
 # Lightning counts the frozen tower's modules and warns that they are in eval mode; they must be.
 warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")
 warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)")
@@ -113,6 +114,7 @@ def fit(cfg: Mapping[str, Any], launch: Launch) -> Path:
     monitor = Monitor(
         feeder,
         skipped,
+        start_step=state.step,
         log_every=cfg["trainer"]["log_every"],
         max_consecutive_skips=cfg["trainer"]["max_consecutive_skips"],
         max_skip_fraction=cfg["data"]["max_skip_fraction"],
@@ -204,7 +206,7 @@ def build_trainer(
         gradient_as_bucket_view=True,
         process_group_backend="nccl" if cuda else "gloo",
     )
-    return pl.Trainer(
+    trainer = pl.Trainer(
         accelerator="gpu" if cuda else "cpu",
         devices=launch.local_world_size,
         num_nodes=launch.world_size // launch.local_world_size,
@@ -224,3 +226,8 @@ def build_trainer(
         use_distributed_sampler=False,
         default_root_dir=str(run_folder(cfg)),
     )
+    # Lightning 2.6 has every rank read a flag from the device before each batch, to stop together
+    # on SIGTERM; the host would wait for the device in every step.
+    if hasattr(trainer.fit_loop.epoch_loop, "_broadcast_sigterm_tensor"):
+        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+    return trainer

@@ -30,6 +30,7 @@ class Monitor(pl.Callback):
     Args:
         feeder: knows how long training waited for data.
         skipped: where unusable samples are written down (rank 0).
+        start_step: optimizer steps done before this start.
         log_every: optimizer steps between lines.
         max_consecutive_skips: non-finite steps in a row after which the run stops.
         max_skip_fraction: share of undecodable samples above which the run stops.
@@ -40,6 +41,7 @@ class Monitor(pl.Callback):
         feeder: Feeder,
         skipped: SkippedLog | None,
         *,
+        start_step: int,
         log_every: int,
         max_consecutive_skips: int,
         max_skip_fraction: float,
@@ -49,10 +51,11 @@ class Monitor(pl.Callback):
         self.log_every = log_every
         self.max_consecutive_skips = max_consecutive_skips
         self.max_skip_fraction = max_skip_fraction
-        self.keys: deque[list[str]] = deque(maxlen=log_every + max_consecutive_skips)
+        self.keys: deque[list[str]] = deque(maxlen=log_every + max_consecutive_skips)  # per step
+        self.step_keys: list[str] = []
         self.skipped: list[Any] = []  # of this rank since the last line
         self.totals = {"used": 0, "skipped": 0}  # over all ranks since the start
-        self.last_step = 0
+        self.last_step = start_step
         self.bar: tqdm | None = None
 
     # -- time ------------------------------------------------------------------------------------
@@ -75,7 +78,6 @@ class Monitor(pl.Callback):
         """Rehearses a step, measures the device's ceiling and opens the progress bar."""
         self.flops_per_sample = rehearse(trainer, pl_module)
         self.ceiling = matmul_ceiling(pl_module.device, trainer.precision)
-        self.last_step = trainer.global_step
         classes = pl_module.model.qformer.word_embeddings.num_embeddings
         contrastive = pl_module.batch.contrastive
         self.chance = chance_levels(pl_module.loss, contrastive, classes)
@@ -88,10 +90,12 @@ class Monitor(pl.Callback):
         self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Counts the batch; at the end of a logging window reports it."""
-        self.keys.append(batch["keys"])
+        self.step_keys += batch["keys"]
         self.skipped += batch["skipped"]
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return  # in the middle of a step
+        self.keys.append(self.step_keys)
+        self.step_keys = []
         step = trainer.global_step
         if self.bar is not None:
             self.bar.update(1)
@@ -170,7 +174,8 @@ class Monitor(pl.Callback):
 
     def _stop_if_broken(self, skips_in_a_row: int) -> None:
         if skips_in_a_row >= self.max_consecutive_skips:
-            guilty = [key for keys in list(self.keys)[-skips_in_a_row:] for key in keys]
+            own = [key for keys in list(self.keys)[-skips_in_a_row:] for key in keys]
+            guilty = [key for part in gather_objects(own, current_world()) for key in part]
             raise UserError(
                 f"the gradient was not finite in the last {skips_in_a_row} steps "
                 f"(trainer.max_consecutive_skips={self.max_consecutive_skips}); lower "

@@ -285,7 +285,8 @@ def _normalise(out: dict[str, Tensor], on: list[str], normalise: str, world: Wor
     if "itm" in on:
         counts["loss_itm"] = (1 + 2 * out["has_negative"]).sum()
     if "lm" in on:
-        counts["loss_lm"] = torch.tensor(len(out["lm_targets"]), device=out["loss_lm"].device)
+        targets = out["lm_targets"]
+        counts["loss_lm"] = torch.full((), len(targets), device=targets.device)
     if not counts:
         return
     total, ranks = torch.stack(list(counts.values())), 1

@@ -1,0 +1,476 @@
+"""Configurations: what the files say, and what is refused before anything is built.
+
+Proven: every experiment composes, validates and builds its parts; each key is documented once; the
+recipe of the paper is the paper's, the recipe of LAVIS changes all that LAVIS does differently;
+unknown keys, experiments, choices and values that cannot be are refused, several at once; a batch
+that cannot be cut names the sizes that can; torchrun and Slurm are understood; on resume, what may
+change may, and what may not is named.
+"""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from blip2_train.config import (
+    CHOICES,
+    COUNTS,
+    NUMBERS,
+    BatchPlan,
+    Launch,
+    compare_for_resume,
+    conf_dir,
+    flatten,
+    launch,
+    plan_batch,
+    to_plain,
+    validate,
+)
+from blip2_train.errors import UserError
+from blip2_train.models.freezing import count_parameters
+from blip2_train.train import compose, run
+from blip2_train.training.build import build_loss, build_model
+from blip2_train.training.optimizer import learning_rate
+
+EXPERIMENTS = sorted(path.stem for path in (conf_dir() / "experiment").glob("*.yaml"))
+VISIONS = sorted(path.stem for path in (conf_dir() / "vision").glob("*.yaml"))
+DATA = sorted(path.stem for path in (conf_dir() / "data").glob("*.yaml"))
+
+
+def plain(experiment: str, *overrides: str) -> dict[str, Any]:
+    return to_plain(compose([f"experiment={experiment}", *overrides]))
+
+
+@pytest.fixture(scope="module")
+def paper() -> dict[str, Any]:
+    return plain("stage1_vitg")
+
+
+# -- the files -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_builds(name: str) -> None:
+    cfg = plain(name, "vision.weights=random")
+    validate(cfg)
+    assert cfg["run"]["name"] == name
+    with torch.device("meta"):
+        model = build_model(cfg, vocab_size=30523, dec_token_id=30522, end_token_id=102)
+    assert model.qformer.vision_width == model.vision.width
+    assert count_parameters(model.vision.parameters(), trainable=True) == 0
+    loss = build_loss(cfg["loss"])
+    assert set(loss.weights) == {"itc", "itm", "lm"} and loss.itc.smoothing == 0.1
+
+
+def test_the_papers_experiment_has_the_published_size(paper: dict[str, Any]) -> None:
+    assert paper["vision"]["weights"] == "pretrained"
+    assert paper["qformer"]["init"] == "bert-base-uncased"
+    paper = plain("stage1_vitg", "vision.weights=random")
+    with torch.device("meta"):
+        model = build_model(paper, vocab_size=30523, dec_token_id=30522, end_token_id=102)
+    assert count_parameters(model.parameters(), trainable=True) == 186_705_470
+
+
+@pytest.mark.parametrize("vision", VISIONS)
+@pytest.mark.parametrize("recipe", ["paper", "lavis"])
+def test_groups_combine(vision: str, recipe: str) -> None:
+    validate(plain("stage1_vitg", f"vision={vision}", f"recipe={recipe}", "qformer=tiny"))
+
+
+@pytest.mark.parametrize("data", DATA)
+def test_every_data_file_composes(data: str) -> None:
+    cfg = plain("stage1_vitg", f"data={data}", "data.root=/somewhere")
+    validate(cfg)
+    for source in cfg["data"]["sources"].values():
+        assert source.keys() == {"shards", "split", "weight", "randaugment"}
+        assert source["shards"].startswith("/somewhere/")
+
+
+def test_every_rule_is_about_a_key_that_exists(paper: dict[str, Any]) -> None:
+    keys = flatten(paper)
+    assert [k for k in [*CHOICES, *COUNTS, *NUMBERS] if k not in keys] == []
+
+
+def test_every_key_of_train_yaml_has_a_comment() -> None:
+    lines = (conf_dir() / "train.yaml").read_text().split("\nhydra:")[0].splitlines()
+    bare = [
+        line
+        for line in lines
+        if line.strip()
+        and not line.strip().startswith(("#", "-"))
+        and not line.rstrip().endswith(":")
+        and "#" not in line
+    ]
+    assert bare == []
+
+
+def test_the_recipe_of_the_paper(paper: dict[str, Any]) -> None:
+    assert paper["trainer"]["max_steps"] == 250_000
+    assert paper["batch"] == {"size": 1680, "accumulate": 1}
+    assert plain("stage1_vitl")["batch"]["size"] == 2320
+    assert paper["optimizer"]["betas"] == [0.9, 0.98]
+    assert paper["optimizer"]["weight_decay"] == 0.05
+    assert paper["schedule"]["warmup_steps"] == 2000
+    assert paper["schedule"]["steps_per_epoch"] is None
+    assert (paper["optimizer"]["lr"], paper["schedule"]["min_lr"]) == (1e-4, 1e-5)
+    assert paper["text"]["max_tokens"] == 32 and paper["loss"]["normalise"] == "global"
+    assert set(paper["data"]["sources"]) == {"coco", "vg", "cc3m", "cc12m", "sbu", "laion115m"}
+    assert not any(source["randaugment"] for source in paper["data"]["sources"].values())
+    assert paper["vision"]["image_size"] == 224 and paper["data"]["flip"] == 0.5
+
+
+def test_the_recipe_of_lavis_changes_what_lavis_does(paper: dict[str, Any]) -> None:
+    ours, theirs = flatten(paper), flatten(plain("stage1_vitg", "recipe=lavis"))
+    changed = {k: theirs[k] for k in theirs if k in ours and theirs[k] != ours[k]}
+    assert changed == {
+        "trainer.max_steps": 8700,  # ten epochs
+        "batch.size": 1600,
+        "schedule.warmup_steps": 5000,
+        "schedule.steps_per_epoch": 870,  # the staircase
+        "optimizer.betas": [0.9, 0.999],
+        "loss.normalise": "rank",
+        "data.sources.vg.randaugment": True,
+    }
+    sources = {k.split(".")[2] for k in theirs if k.startswith("data.sources.")}
+    assert sources == {"coco", "vg"}
+    assert not theirs["data.sources.coco.randaugment"]
+    gone = {k.split(".")[2] for k in ours.keys() - theirs.keys()}
+    assert gone == {"cc3m", "cc12m", "sbu", "laion115m"} and not theirs.keys() - ours.keys()
+    assert 10 * theirs["schedule.steps_per_epoch"] == theirs["trainer.max_steps"]
+
+
+def rate(cfg: dict[str, Any], step: int) -> float:
+    lr, max_steps = cfg["optimizer"]["lr"], cfg["trainer"]["max_steps"]
+    return learning_rate(step, lr=lr, max_steps=max_steps, **cfg["schedule"])
+
+
+def test_the_papers_learning_rate(paper: dict[str, Any]) -> None:
+    assert rate(paper, 0) == 1e-6
+    assert rate(paper, 1000) == pytest.approx((1e-6 + 1e-4) / 2)
+    assert rate(paper, 1999) < rate(paper, 2000) == 1e-4 > rate(paper, 2001)
+    assert rate(paper, 126_000) == pytest.approx((1e-4 + 1e-5) / 2)  # half of the cosine
+    assert rate(paper, 249_999) == pytest.approx(1e-5, rel=1e-6)
+    assert rate(paper, 250_000) == rate(paper, 300_000) == pytest.approx(1e-5, rel=1e-12)
+    rates = [rate(paper, step) for step in range(2000, 250_001, 500)]
+    assert rates == sorted(rates, reverse=True)
+
+
+def test_laviss_staircase() -> None:
+    cfg = plain("stage1_vitg", "recipe=lavis")
+    assert rate(cfg, 869) == pytest.approx(1.8e-5, rel=0.03)  # the warm-up is cut short
+    assert rate(cfg, 870) == rate(cfg, 1739) == pytest.approx(9.8e-5, rel=0.01)
+    assert rate(cfg, 8699) == pytest.approx(1.2e-5, rel=0.03)  # never 1e-5
+
+
+def test_a_schedule_without_warmup() -> None:
+    settings = {"lr": 2.0, "min_lr": 1.0, "warmup_lr": 0.5, "warmup_steps": 0, "max_steps": 4}
+    assert [learning_rate(step, **settings) for step in (0, 2, 4)] == [2.0, 1.5, 1.0]
+    settings |= {"warmup_steps": 4}  # as long as the run
+    assert learning_rate(3, **settings) < 2.0 and learning_rate(4, **settings) == 2.0
+
+
+# -- command lines ---------------------------------------------------------------------------------
+
+
+def refused(*overrides: str, dirs: tuple[str, ...] = ()) -> str:
+    with pytest.raises(UserError) as error:
+        validate(to_plain(compose(list(overrides), dirs)))
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_unknown_keys_are_refused_all_at_once() -> None:
+    said = refused("experiment=stage1_vitg", "optimizer.learning_rate=1", "batchsize=4", "lr=3")
+    assert "unknown key optimizer.learning_rate" in said
+    assert "unknown key batchsize; did you mean batch.size?" in said
+    assert "unknown key lr; did you mean optimizer.lr?" in said
+
+
+@pytest.mark.parametrize("key", ["+optimizer.momentum", "++optimizer.momentum", "+trainer.a.b"])
+def test_keys_that_nothing_reads_cannot_be_added(key: str) -> None:
+    said = refused("experiment=stage1_vitg", f"{key}=0.9")
+    assert f"nothing reads {key.lstrip('+').rsplit('.b')[0]}" in said
+
+
+def test_experiments_are_listed() -> None:
+    for overrides, said in (
+        ([], "none is given"),
+        (["experiment=stage1_vitgg"], "experiment=stage1_vitgg is none of them"),
+        (["experiment=stage1_vitg", "experiment=stage1_vitl"], "is none of them"),
+    ):
+        message = refused(*overrides)
+        assert said in message and all(name in message for name in EXPERIMENTS)
+
+
+@pytest.mark.parametrize("group", ["vision", "qformer", "data", "recipe"])
+def test_unknown_choices_list_the_known_ones(group: str) -> None:
+    said = refused("experiment=stage1_vitg", f"{group}=nothing")
+    known = [path.stem for path in (conf_dir() / group).glob("*.yaml")]
+    assert "nothing" in said and all(name in said for name in known)
+
+
+@pytest.mark.parametrize("override", ["optimizer.betas=[0.9", "run.name={a", "text.max_tokens=${a"])
+def test_values_that_cannot_be_parsed(override: str) -> None:
+    refused("experiment=stage1_vitg", override)
+
+
+def test_interpolations_must_lead_somewhere() -> None:
+    assert "trainer.max_stepz" in refused(
+        "experiment=stage1_vitg", "trainer.max_steps=${trainer.max_stepz}"
+    )
+    assert "stage9" in refused("experiment=stage1_vitg", "kind=stage9")
+
+
+def own_experiment(folder: Path, text: str) -> tuple[str, ...]:
+    (folder / "experiment").mkdir(exist_ok=True)
+    (folder / "experiment" / "mine.yaml").write_text(f"# @package _global_\n{text}")
+    return (str(folder),)
+
+
+def test_experiments_of_the_user(tmp_path: Path) -> None:
+    text = "kind: stage1_vitl\nrun:\n  name: mine\noptimizer:\n  lr: 0.5\n"
+    dirs = own_experiment(tmp_path, text)
+    cfg = to_plain(compose(["experiment=mine", "seed=3"], dirs))
+    assert (cfg["optimizer"]["lr"], cfg["batch"]["size"], cfg["seed"]) == (0.5, 2320, 3)
+    own_experiment(tmp_path, text + "  lrate: 1\nextra: 5\n")
+    said = refused("experiment=mine", dirs=dirs)
+    assert "nothing reads extra, optimizer.lrate" in said
+    assert "kind" in refused("experiment=mine", dirs=own_experiment(tmp_path, "seed: 1\n"))
+
+
+def test_sources_may_be_added() -> None:
+    source = "{shards: x, split: train, weight: null, randaugment: false}"
+    cfg = plain("stage1_vitg", "data=coco", f"+data.sources.mine={source}")
+    assert set(cfg["data"]["sources"]) == {"coco", "mine"}
+
+
+BAD = {
+    "trainer.max_steps": "-5",
+    "trainer.precision": "16-mixed",
+    "batch.accumulate": "0",
+    "batch.size": "12.5",
+    "text.max_tokens": "many",
+    "loss.itc.smoothing": "1.0",
+    "loss.weights.itm": "-1",
+    "optimizer.lr": "high",
+    "optimizer.betas": "[0.9,1.5]",
+    "data.crop_scale": "0.5",
+    "data.num_workers": "true",
+    "validation.every": ".nan",
+    "run.name": "a/b",
+    "seed": "42",  # a good one
+}
+
+
+def test_every_bad_value_is_named_in_one_message() -> None:
+    said = refused("experiment=stage1_vitg", *(f"{k}={v}" for k, v in BAD.items()))
+    assert [key for key in BAD if f"{key}=" not in said] == ["seed"]
+    assert "trainer.precision=16-mixed must be one of 32-true, 64-true, bf16-mixed" in said
+    assert "batch.size=12.5 must be a whole number of at least 1" in said
+    assert "loss.weights.itm=-1 must be a number of at least 0" in said
+    assert "optimizer.betas=[0.9, 1.5] must be two numbers from 0 to 1" in said
+
+
+@pytest.mark.parametrize("key", sorted([*CHOICES, *COUNTS, *NUMBERS]))
+@pytest.mark.parametrize("value", ["nonsense", True, -1, [], {"a": 1}, float("nan")])
+def test_no_value_is_a_traceback(paper: dict[str, Any], key: str, value: Any) -> None:
+    cfg = copy.deepcopy(paper)
+    *parents, last = key.split(".")
+    place = cfg
+    for parent in parents:
+        place = place[parent]
+    place[last] = value
+    with pytest.raises(UserError, match=rf"{key}[=.]"):
+        validate(cfg)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["loss.weights={itc:0,itm:0,lm:0}"], "at least one must be above 0"),
+        (["text.max_tokens=600"], "text.max_tokens=600 exceeds qformer.max_positions=512"),
+        (["data.sources={}"], "data.sources"),
+        (["run.name=.."], "run.name=.. must be a plain folder name"),
+        (["batch.size=1681", "batch.accumulate=4"], "set batch.size=1680 or 1684"),
+    ],
+)
+def test_rules_across_keys(paper: dict[str, Any], overrides: list[str], said: str) -> None:
+    if overrides == ["data.sources={}"]:  # a mapping cannot be emptied on the command line
+        cfg = copy.deepcopy(paper)
+        cfg["data"]["sources"] = {}
+        with pytest.raises(UserError, match=r"data.sources is empty"):
+            validate(cfg)
+    else:
+        assert said in refused("experiment=stage1_vitg", *overrides)
+
+
+def test_the_command_answers_with_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (
+        ["experiment=stage1_vitg", "lr=3"],
+        ["experiment=stage1_vitg", "--nonsense"],
+        ["experiment=stage1_vitg", "nonsense"],
+        ["experiment=stage1_vitg", "--config-dir", "/nowhere"],
+        ["experiment=stage1_vitg", "--config-dir"],
+        [],
+    ):
+        assert run(arguments) == 2, arguments
+        captured = capsys.readouterr().err
+        assert captured.startswith("error: ") and captured.count("\n") == 1
+
+
+# -- batches ---------------------------------------------------------------------------------------
+
+
+def test_a_batch_is_cut() -> None:
+    assert plan_batch(1680, 1, 16) == BatchPlan(1680, 1, 1680, 105, 16)
+    plan = plan_batch(24, 3, 4)
+    assert (plan.contrastive, plan.per_device) == (8, 2)
+    assert str(plan) == "batch 24 = 3 contrastive batch(es) of 8 = 2 x 4 device(s) each"
+
+
+@pytest.mark.parametrize(
+    ("size", "accumulate", "world", "near"),
+    [
+        (100, 3, 8, "batch.size=96 or 120"),
+        (10, 2, 3, "batch.size=6 or 12"),
+        (5, 2, 3, "batch.size=6"),  # nothing below
+        (0, 2, 3, "batch.size=6"),
+        (-7, 1, 4, "batch.size=4"),
+    ],
+)
+def test_the_nearest_sizes_are_named(size: int, accumulate: int, world: int, near: str) -> None:
+    with pytest.raises(UserError) as error:
+        plan_batch(size, accumulate, world)
+    assert str(error.value).endswith(f"set {near}")
+    for fitting in near.removeprefix("batch.size=").split(" or "):
+        plan_batch(int(fitting), accumulate, world)
+
+
+def test_accumulation_is_at_least_one() -> None:
+    with pytest.raises(UserError, match=r"batch.accumulate=0 must be at least 1"):
+        plan_batch(8, 0, 1)
+
+
+# -- launchers -------------------------------------------------------------------------------------
+
+TORCHRUN = {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}
+SRUN = {
+    "SLURM_PROCID": "5",
+    "SLURM_LOCALID": "1",
+    "SLURM_NTASKS": "8",
+    "SLURM_STEP_NUM_TASKS": "8",
+    "SLURM_STEP_NUM_NODES": "2",
+    "SLURM_NNODES": "4",
+}
+
+
+def test_launchers_are_understood() -> None:
+    assert launch({}) == Launch(0, 0, 1, 1, "")
+    assert launch(TORCHRUN) == Launch(5, 1, 8, 4, "torchrun")
+    assert launch(SRUN) == Launch(5, 1, 8, 4, "slurm")
+    assert launch(SRUN | TORCHRUN).launcher == "torchrun"  # torchrun started by srun
+
+
+def test_a_shell_in_an_allocation_is_one_process() -> None:
+    shell = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "8", "SLURM_PROCID": "0", "SLURM_NNODES": "2"}
+    assert launch(shell) == Launch()
+    assert launch(SRUN | {"SLURM_STEP_NUM_TASKS": "1"}) == Launch()
+
+
+# -- resume ----------------------------------------------------------------------------------------
+
+
+def changed(cfg: dict[str, Any], **values: Any) -> dict[str, Any]:
+    cfg = copy.deepcopy(cfg)
+    for key, value in values.items():
+        *parents, last = key.split("__")
+        place = cfg
+        for parent in parents:
+            place = place[parent]
+        place[last] = value
+    return cfg
+
+
+def test_what_may_change_on_resume(paper: dict[str, Any]) -> None:
+    assert compare_for_resume(paper, copy.deepcopy(paper), []) == []
+    other = changed(
+        paper,
+        batch__size=840,
+        trainer__devices=4,
+        data__num_workers=0,
+        wandb__mode="offline",
+        validation__every=7,
+        checkpoint__keep_last=9,
+    )
+    assert compare_for_resume(paper, other, []) == [
+        "batch.size: 1680 -> 840",
+        "checkpoint.keep_last: 3 -> 9",
+        "data.num_workers: 8 -> 0",
+        "trainer.devices: None -> 4",
+        "validation.every: 5000 -> 7",
+        "wandb.mode: auto -> offline",
+    ]
+
+
+def test_shards_and_tokenizer_may_move() -> None:
+    """What they hold is compared by its digest."""
+    name = "stage1_flickr8k_tiny"
+    lines = compare_for_resume(plain(name), plain(name, "data.root=/elsewhere"), [])
+    assert [line.split(":")[0] for line in lines] == [
+        "data.root",
+        "data.sources.flickr8k.shards",
+        "data.validation.shards",
+        "text.tokenizer",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("values", "allow"),
+    [
+        ({"optimizer__lr": 2e-4}, "optimizer.lr"),
+        ({"optimizer__lr": 2e-4, "optimizer__grad_clip": 1.0}, "optimizer"),
+        ({"schedule__warmup_steps": 5}, "schedule.warmup_steps"),
+        ({"trainer__max_steps": 5}, "trainer.max_steps"),
+        ({"loss__normalise": "rank"}, "loss"),
+        ({"trainer__precision": "32-true"}, "trainer.precision"),
+    ],
+)
+def test_what_needs_permission(paper: dict[str, Any], values: dict[str, Any], allow: str) -> None:
+    other = changed(paper, **values)
+    with pytest.raises(UserError) as error:
+        compare_for_resume(paper, other, [])
+    for key in values:
+        assert f"resume.allow=[{key.replace('__', '.')}]" in str(error.value)
+    assert len(compare_for_resume(paper, other, [allow])) == len(values)
+    with pytest.raises(UserError):  # a similar name is not enough
+        compare_for_resume(paper, other, [allow[:-1]])
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"seed": 1},
+        {"kind": "stage1_vitl"},
+        {"qformer__num_layers": 6},
+        {"vision__name": "vit_tiny_patch16_224"},
+        {"model__embed_dim": 64},
+        {"text__max_tokens": 16},
+        {"data__flip": 0.0},
+        {"data__sources__coco__weight": 2.0},
+    ],
+)
+def test_what_is_another_run(paper: dict[str, Any], values: dict[str, Any]) -> None:
+    (key,) = (k.replace("__", ".") for k in values)
+    with pytest.raises(UserError, match=rf"{key}: .* is another run.*run\.name"):
+        compare_for_resume(paper, changed(paper, **values), [key, key.split(".")[0]])
+
+
+def test_all_changes_are_named(paper: dict[str, Any]) -> None:
+    other = changed(paper, seed=1, optimizer__lr=1.0)
+    del other["data"]["sources"]["sbu"]
+    with pytest.raises(UserError) as error:
+        compare_for_resume(paper, other, [])
+    for said in ("seed: 42 -> 1", "optimizer.lr: 0.0001 -> 1.0", "data.sources.sbu.split: train"):
+        assert said in str(error.value)
