@@ -127,15 +127,16 @@ def to_plain(cfg: DictConfig) -> dict[str, Any]:
     Raises:
         UserError: a required key (`???`) has no value, or an interpolation leads nowhere.
     """
+    kinds = sorted(cfg.recipe.table)
+    if not OmegaConf.is_missing(cfg, "kind") and cfg.kind not in kinds:
+        raise UserError(f"kind={cfg.kind} is not a row of the recipe; its rows: {', '.join(kinds)}")
     try:
         plain: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None)
         reason = str(error).splitlines()[0]
         raise UserError(f"{key}: {reason}" if key else reason) from error
-    table = plain.pop("recipe")["table"]
-    if plain["kind"] not in table:
-        raise UserError(f"kind={plain['kind']} is not a row of the recipe; rows: {sorted(table)}")
+    del plain["recipe"]  # its row was read through the other keys
     return plain
 
 
@@ -160,7 +161,17 @@ COUNTS = {
     "data.max_words": 1,
     "data.num_workers": 0,
     "data.shuffle_window": 1,
+    "qformer.cross_attention_freq": 1,
+    "qformer.hidden_size": 1,
+    "qformer.intermediate_size": 1,
+    "qformer.max_positions": 1,
+    "qformer.num_heads": 1,
+    "qformer.num_layers": 1,
+    "qformer.num_query_tokens": 1,
+    "seed": 0,
+    "vision.image_size": 1,
     "model.embed_dim": 1,
+    "text.vocab_size": 1,
     "schedule.steps_per_epoch": 1,
     "schedule.warmup_steps": 0,
     "text.bucket": 1,
@@ -199,10 +210,17 @@ NULLABLE = (
     "checkpoint.keep_every",
     "optimizer.grad_clip",
     "schedule.steps_per_epoch",
+    "text.vocab_size",
     "trainer.devices",
     "validation.every",
     "validation.max_images",
+    "vision.image_size",
 )
+# Text, which may be empty where it is not a name or a place; and switches.
+TEXTS = {"data.prompt": True, "data.root": False, "run.dir": False, "run.name": False}
+TEXTS |= {"resume.from": False, "text.tokenizer": False, "vision.name": False}
+TEXTS |= {"vision.weights": False, "qformer.init": False, "wandb.project": False}
+SWITCHES = ("trainer.deterministic", "vision.drop_last_block", "qformer.gradient_checkpointing")
 
 
 # What every source of data.sources says.
@@ -247,6 +265,14 @@ def validate(cfg: Mapping[str, Any], world_size: int = 1) -> None:
         "/" not in name and name not in ("", ".", ".."),
         f"run.name={name} must be a plain folder name; run.dir holds the path",
     )
+    validation = _at(cfg, "data.validation") or {}
+    need(
+        _at(cfg, "validation.every") is None or {"shards", "split"} <= set(validation),
+        "data.validation has no shards and split to validate on; set them or validation.every=null",
+    )
+    lowest, peak = _at(cfg, "schedule.min_lr"), _at(cfg, "optimizer.lr")
+    if _is_number(lowest) and _is_number(peak):
+        need(lowest <= peak, f"schedule.min_lr={lowest} exceeds optimizer.lr={peak}")
     size, accumulate = _at(cfg, "batch.size"), _at(cfg, "batch.accumulate")
     if isinstance(size, int) and isinstance(accumulate, int) and min(size, accumulate) > 0:
         try:
@@ -260,12 +286,25 @@ def validate(cfg: Mapping[str, Any], world_size: int = 1) -> None:
 def _value_problems(cfg: Mapping[str, Any]) -> list[str]:
     """A sentence for each value that its key cannot have."""
     problems = []
+
+    def absent(key: str) -> bool:  # the constructors of these groups have defaults
+        return key.startswith(("vision.", "qformer.")) and _at(cfg, key) is None
+
     for key, allowed in CHOICES.items():
         if (value := _at(cfg, key)) not in allowed:
             problems.append(f"{key}={value} must be one of {', '.join(allowed)}")
+    for key, may_be_empty in TEXTS.items():
+        value = _at(cfg, key)
+        if absent(key):
+            continue
+        if not isinstance(value, str) or not (value or may_be_empty):
+            problems.append(f"{key}={value} must be text")
+    for key in SWITCHES:
+        if not absent(key) and not isinstance(value := _at(cfg, key), bool):
+            problems.append(f"{key}={value} must be true or false")
     for key, least in COUNTS.items():
         value = _at(cfg, key)
-        if value is None and key in NULLABLE:
+        if absent(key) or (value is None and key in NULLABLE):
             continue
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             problems.append(f"{key}={value} must be a whole number of at least {least}")
@@ -329,75 +368,6 @@ def dotted_keys(cfg: Any, prefix: str = "") -> set[str]:
                     continue
             names |= dotted_keys(child, name + ".")
     return names
-
-
-# -- what may change when a run is continued -------------------------------------------------------
-
-# May change freely: where and on what it runs, what it logs, how much it keeps.
-RESUME_FREE = (
-    "run.",
-    "resume.",
-    "init_from",
-    "batch.",
-    "trainer.accelerator",
-    "trainer.devices",
-    "trainer.log_every",
-    "trainer.max_consecutive_skips",
-    "data.root",
-    "data.num_workers",
-    "data.max_skip_fraction",
-    # places, whose content the checkpoint identifies by a digest
-    "vision.weights",
-    "text.tokenizer",
-    "data.validation.",
-    "validation.",
-    "checkpoint.",
-    "wandb.",
-)
-# Never: another model, other data, other random numbers. That is another run.
-RESUME_REFUSED = ("kind", "seed", "data.", "text.", "vision.", "qformer.", "model.")
-
-
-def compare_for_resume(
-    saved: Mapping[str, Any], current: Mapping[str, Any], allow: list[str]
-) -> list[str]:
-    """What changed since the checkpoint was written.
-
-    Args:
-        saved: the checkpoint's configuration.
-        current: this start's.
-        allow: keys (or their parents) that the user allows to change.
-
-    Returns:
-        A line "key: old -> new" for each permitted change.
-
-    Raises:
-        UserError: naming every change that is not permitted.
-    """
-    old, new = flatten(saved), flatten(current)
-    permitted, problems = [], []
-    for key in sorted(old.keys() | new.keys()):
-        before, after = old.get(key), new.get(key)
-        if before == after:
-            continue
-        change = f"{key}: {before} -> {after}"
-        allowed = any(key == a or key.startswith(a + ".") for a in allow)
-        where = key.startswith("data.sources.") and key.endswith(".shards")
-        if key.startswith(RESUME_FREE) or where:
-            permitted.append(change)
-        elif key.startswith(RESUME_REFUSED):
-            problems.append(f"{change} (another {key.split('.')[0]} is another run)")
-        elif allowed:
-            permitted.append(change)
-        else:
-            problems.append(f"{change} (permit it with resume.allow=[{key}])")
-    if problems:
-        raise UserError(
-            "the run cannot be continued with a changed configuration: "
-            + "; ".join(problems)
-            + "; or give it a new run.name"
-        )
-    return permitted
 
 
 def flatten(cfg: Any, prefix: str = "") -> dict[str, Any]:

@@ -18,12 +18,20 @@ import hydra
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 
-from blip2_train.config import conf_dir, dotted_keys, launch, to_plain, unknown_keys, validate
+from blip2_train.config import (
+    Launch,
+    conf_dir,
+    dotted_keys,
+    launch,
+    to_plain,
+    unknown_keys,
+    validate,
+)
 from blip2_train.errors import UserError
 
 # With one of these Hydra itself is asked for something; otherwise a training is.
 HYDRA_FLAGS = re.compile(
-    r"-h|--help|--hydra-help|--version|-c|--cfg(=.*)?|-i|--info(=.*)?|-m|--multirun|"
+    r"-h|--help|--hydra-help|--version|-c|--cfg(=.*)?|-i|--info(=.*)?|"
     r"-sc|--shell-completion|--experimental-rerun(=.*)?"
 )
 # Below these keys are the user's to add; the constructors that get them refuse unknown ones.
@@ -45,6 +53,10 @@ def train(cfg: DictConfig, *, dry_run: bool = False) -> Path | None:
     """
     started = launch()
     plain = to_plain(cfg)
+    devices = plain["trainer"]["devices"]
+    if dry_run and started.world_size == 1 and isinstance(devices, int) and devices > 0:
+        # nothing is started: the question is what that many devices would do
+        started = Launch(world_size=devices, local_world_size=devices)
     validate(plain, started.world_size)
     if dry_run:
         from blip2_train.training.dry_run import describe
@@ -113,20 +125,30 @@ def run(arguments: list[str]) -> int:
     arguments = [a for a in arguments if a != "--dry-run"]
     # `resume=never` is short for `resume.from=never`
     arguments = [re.sub(r"^resume=", "resume.from=", a) for a in arguments]
+    if any(re.fullmatch("-m|--multirun", a) for a in arguments):
+        return _refuse("sweeps (-m) are not supported yet; start one run per configuration")
+    if any(HYDRA_FLAGS.fullmatch(a) for a in arguments):
+        sys.argv[1:] = arguments
+        _hydra_main()
+        return 0
     try:
-        if any(HYDRA_FLAGS.fullmatch(a) for a in arguments):
-            sys.argv[1:] = arguments
-            _hydra_main()
-            return 0
-        overrides, config_dirs = _split(arguments)
-        train(compose(overrides, config_dirs), dry_run=dry_run)
+        train(compose(*_split(arguments)), dry_run=dry_run)
     except UserError as error:
-        if launch().rank == 0:
-            print(f"error: {error}", file=sys.stderr)
-        return 2
-    finally:
-        _leave_group()
+        return _refuse(str(error))
+    _leave_group()
     return 0
+
+
+def _refuse(message: str) -> int:
+    """Prints one line on each machine and returns the exit code.
+
+    The other ranks of a machine would repeat it; another machine may have trouble of its own.
+    """
+    started = launch()
+    if started.local_rank == 0:
+        where = f"[rank {started.rank}] " if started.rank else ""
+        print(f"{where}error: {message}", file=sys.stderr)
+    return 2
 
 
 def _split(arguments: list[str]) -> tuple[list[str], tuple[str, ...]]:
@@ -151,6 +173,7 @@ def _split(arguments: list[str]) -> tuple[list[str], tuple[str, ...]]:
 
 
 def _leave_group() -> None:
+    """After success only: after a failure other ranks may wait in a collective for ever."""
     if "torch" not in sys.modules:
         return
     import torch.distributed as dist
@@ -161,7 +184,7 @@ def _leave_group() -> None:
 
 @hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="train")
 def _hydra_main(cfg: DictConfig) -> Any:
-    """Help, `--cfg job` and sweeps are Hydra's."""
+    """Help and `--cfg job` are Hydra's."""
     return str(train(cfg))
 
 

@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "models": {"errors"},
     "data": {"errors", "seeding", "distributed"},
     "checkpoint": {"errors", "models"},
-    "evaluation": {"distributed", "models", "losses", "data"},
+    "evaluation": {"errors", "distributed", "models", "losses", "data"},
     "training": {
         "errors", "seeding", "config", "losses", "distributed", "models", "data", "checkpoint",
         "evaluation",

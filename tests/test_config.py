@@ -20,7 +20,6 @@ from blip2_train.config import (
     NUMBERS,
     BatchPlan,
     Launch,
-    compare_for_resume,
     conf_dir,
     flatten,
     launch,
@@ -33,6 +32,7 @@ from blip2_train.models.freezing import count_parameters
 from blip2_train.train import compose, run
 from blip2_train.training.build import build_loss, build_model
 from blip2_train.training.optimizer import learning_rate
+from blip2_train.training.resume import compare_for_resume
 
 EXPERIMENTS = sorted(path.stem for path in (conf_dir() / "experiment").glob("*.yaml"))
 VISIONS = sorted(path.stem for path in (conf_dir() / "vision").glob("*.yaml"))
@@ -82,6 +82,10 @@ def test_groups_combine(vision: str, recipe: str) -> None:
 @pytest.mark.parametrize("data", DATA)
 def test_every_data_file_composes(data: str) -> None:
     cfg = plain("stage1_vitg", f"data={data}", "data.root=/somewhere")
+    if "validation" not in cfg["data"]:
+        with pytest.raises(UserError, match="validation.every=null"):
+            validate(cfg)
+        cfg["validation"]["every"] = None
     validate(cfg)
     for source in cfg["data"]["sources"].values():
         assert source.keys() == {"shards", "split", "weight", "randaugment"}

@@ -76,15 +76,19 @@ def damage(path: Path) -> str | None:
     return None
 
 
-def load(path: Path) -> dict[str, Any]:
+def load(path: Path, *, checked: bool = False) -> dict[str, Any]:
     """Reads a checkpoint of ours onto the CPU.
+
+    Args:
+        path: of the file.
+        checked: its checksums were verified before (by rank 0), which takes reading all of it.
 
     Raises:
         UserError: the file is missing, damaged, or not a checkpoint of blip2-train.
     """
     if not path.is_file():
         raise UserError(f"there is no checkpoint {path}")
-    if reason := damage(path):
+    if not checked and (reason := damage(path)):
         raise UserError(f"checkpoint {path} is damaged ({reason})")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
@@ -127,6 +131,29 @@ def newest_valid(folder: Path) -> Path | None:
             "give a good file with resume.from=PATH"
         )
     return None
+
+
+def set_aside(folder: Path, after: int) -> list[Path]:
+    """Renames checkpoints of later steps to `*.abandoned`: a run that goes back leaves them behind.
+
+    Args:
+        folder: of the checkpoints.
+        after: step that the run goes back to.
+
+    Returns:
+        The new names.
+    """
+    return [
+        path.rename(path.with_suffix(".ckpt.abandoned"))
+        for step, path in steps(folder).items()
+        if step > after
+    ]
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Deletes what a process killed while saving left behind; nobody else may be saving there."""
+    for path in folder.glob(".step-*.tmp"):
+        path.unlink(missing_ok=True)
 
 
 def prune(

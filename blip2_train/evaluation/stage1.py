@@ -13,6 +13,7 @@ from torch import Tensor
 
 from blip2_train.data.batch import lm_targets
 from blip2_train.distributed import World, gather_objects
+from blip2_train.errors import UserError
 from blip2_train.evaluation.retrieval import chunks, pairs_to_match, recalls, rerank
 from blip2_train.losses import max_similarity
 from blip2_train.models.stage1 import Blip2Stage1, widen
@@ -130,6 +131,8 @@ def retrieve(
         world: the ranks.
     """
     everything = [f for part in gather_objects(features, world) for f in part]
+    if not everything:
+        raise UserError("no validation image can be used; data.validation.* says which are read")
     everything.sort(key=lambda f: f.batch)
     image_feats = torch.cat([f.image_feats for f in everything])
     text_feat = torch.cat([f.text_feat for f in everything])

@@ -31,6 +31,9 @@ class RunState:
         data: identity of every source, {source: {samples, digest}}.
         wandb_id: of the W&B run.
         scores: {step: validation score}, higher is better.
+        skips: steps skipped for a non-finite gradient: in all, in a row now, in a row at most.
+        origin: checkpoint that `resume.from=PATH` started this run from, "" for none.
+        world_size: number of processes.
     """
 
     step: int = 0
@@ -40,10 +43,13 @@ class RunState:
     data: dict[str, dict[str, Any]] = field(default_factory=dict)
     wandb_id: str | None = None
     scores: dict[int, float] = field(default_factory=dict)
+    skips: list[int] = field(default_factory=lambda: [0, 0, 0])
+    origin: str = ""
+    world_size: int = 1
 
     def go_on_from(self, checkpoint: Mapping[str, Any]) -> None:
         """Takes over what a checkpoint says of the run so far."""
-        for name in ("step", "drawn", "wandb_id", "scores"):
+        for name in ("step", "drawn", "wandb_id", "scores", "skips"):
             setattr(self, name, checkpoint[name])
 
 
@@ -118,7 +124,8 @@ class Checkpointing(pl.Callback):
         """Restores the optimizer and the step counters (weights were loaded before)."""
         if self.resume is None:
             return
-        trainer.optimizers[0].load_state_dict(self.resume["optimizer"])
+        restore_optimizer(trainer.optimizers[0], self.resume["optimizer"])
+        pl_module.skips = torch.tensor(self.state.skips)
         set_step(trainer, self.start_step)
         self.resume = None
 
@@ -140,12 +147,12 @@ class Checkpointing(pl.Callback):
         state.step = self.saved_step = trainer.global_step
         done = (state.step - self.start_step) * trainer.accumulate_grad_batches
         state.drawn = self.drawn_after(done)
+        state.skips = pl_module.skips.tolist()  # type: ignore[operator]
         failure = None
         if world.rank == 0:
             content = {
                 "format": io.FORMAT,
                 "version": __version__,
-                "world_size": world.size,
                 **vars(state),
                 "model": trained_state(pl_module.model, self.frozen_prefixes),  # type: ignore[arg-type]
                 "optimizer": trainer.optimizers[0].state_dict(),
@@ -159,6 +166,17 @@ class Checkpointing(pl.Callback):
         if failure is not None:
             log.error("%s; training goes on, older checkpoints are untouched", failure)
         barrier(world)
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    """Loads moments and step counts; decay, betas and eps stay those of the configuration.
+
+    `load_state_dict` would bring the checkpoint's back, and a permitted change had no effect.
+    """
+    values = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+    optimizer.load_state_dict(saved)
+    for group, value in zip(optimizer.param_groups, values, strict=True):
+        group.update(value)
 
 
 def set_step(trainer: pl.Trainer, step: int) -> None:
@@ -197,7 +215,7 @@ def rehearse(trainer: pl.Trainer, pl_module: Any) -> int:
         assert isinstance(loss, Tensor)
         loss.backward()
     pl_module.zero_grad(set_to_none=True)
-    pl_module.meter.sums.clear()
+    pl_module.meter.sums = None
     qformer.gradient_checkpointing = checkpointing
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()

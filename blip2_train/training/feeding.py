@@ -95,6 +95,7 @@ def validation_images(
         EvalTransform(image_size),
         max_images=cfg["validation"]["max_images"],
         max_words=cfg["data"]["max_words"],
+        prompt=cfg["data"]["prompt"],
     )
     make = functools.partial(
         collate_eval, tokenizer=tokenizer, max_text_tokens=cfg["text"]["max_tokens"]

@@ -41,7 +41,13 @@ from blip2_train.training.feeding import (
     validation_images,
 )
 from blip2_train.training.monitor import Monitor
-from blip2_train.training.resume import check_resume, check_tower, find_checkpoint, new_state
+from blip2_train.training.resume import (
+    check_configuration,
+    check_data,
+    check_tower,
+    find_checkpoint,
+    new_state,
+)
 from blip2_train.training.run_log import MetricsCsv, SkippedLog, wandb_logger
 from blip2_train.training.stage1 import Stage1Module
 from blip2_train.training.validation import Validation
@@ -84,15 +90,17 @@ def fit(cfg: Mapping[str, Any], launch: Launch) -> Path:
     # 2. where the run stands
     folder = run_folder(cfg)
     path = on_rank_zero(functools.partial(find_checkpoint, cfg, folder), world)
-    resume = io.load(path) if path else None
+    resume = io.load(path, checked=True) if path else None
+    if resume is not None:
+        check_configuration(resume, cfg, world.size)
     if resume is not None and resume["step"] >= cfg["trainer"]["max_steps"]:
         log.info("run %s is finished: step %d of %s", folder, resume["step"], path)
         return folder
     tokenizer = build_tokenizer(cfg["text"])
     sources, held_out = open_sources(cfg["data"]), open_validation(cfg)
-    state = new_state(cfg, sources, tokenizer)
-    if resume is not None:
-        on_rank_zero(functools.partial(check_resume, resume, cfg, state, path), world)
+    state = new_state(cfg, sources, tokenizer, world.size)
+    if resume is not None and path is not None:
+        check_data(resume, state, path)
         state.go_on_from(resume)
 
     # 3. model, data, trainer
@@ -168,6 +176,8 @@ def build_module(
         dec_token_id=tokenizer.bos_token_id,
         end_token_id=tokenizer.sep_token_id,
     )
+    if cfg["trainer"]["precision"] == "64-true":  # before weights are loaded, which would round
+        model.double()
     if resume is not None:
         assert path is not None
         load_trained(model, resume["model"], FROZEN_PREFIXES, path)
@@ -203,6 +213,7 @@ def build_trainer(
     settings = cfg["trainer"]
     ddp = DDPStrategy(
         find_unused_parameters=False,
+        broadcast_buffers=False,  # the only buffers are the frozen tower's
         gradient_as_bucket_view=True,
         process_group_backend="nccl" if cuda else "gloo",
     )
@@ -226,8 +237,18 @@ def build_trainer(
         use_distributed_sampler=False,
         default_root_dir=str(run_folder(cfg)),
     )
-    # Lightning 2.6 has every rank read a flag from the device before each batch, to stop together
-    # on SIGTERM; the host would wait for the device in every step.
-    if hasattr(trainer.fit_loop.epoch_loop, "_broadcast_sigterm_tensor"):
-        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+    _leave_signals_alone(trainer)
     return trainer
+
+
+def _leave_signals_alone(trainer: pl.Trainer) -> None:
+    """Keeps Lightning (2.6) from handling signals: the default, to end, is the safe answer.
+
+    Its SIGTERM handler broadcasts wherever the rank happens to be, and before each batch every
+    rank reads a flag from the device, so that the host would wait for the device in every step.
+    """
+    loop = trainer.fit_loop.epoch_loop
+    if hasattr(loop, "_broadcast_sigterm_tensor"):
+        loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+    if hasattr(trainer, "_signal_connector"):
+        trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]

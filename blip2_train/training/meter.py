@@ -10,15 +10,22 @@ from blip2_train import losses
 from blip2_train.distributed import World, all_reduce_sum
 from blip2_train.training.objectives import LossConfig
 
-LOSSES = ("loss", "loss_itc", "loss_itm", "loss_lm")
 ITM_COUNTS = ("match_right", "match", "no_match_right", "no_match", "no_negative")
 
 
 class Meter:
-    """Sums losses and matching counts without waiting for the device."""
+    """Sums losses and matching counts without waiting for the device.
 
-    def __init__(self) -> None:
-        self.sums: dict[str, Tensor] = {}
+    Args:
+        config: the objectives; they decide what is summed, the same on every rank, also on one
+            that has added nothing.
+    """
+
+    def __init__(self, config: LossConfig) -> None:
+        on = [f"loss_{name}" for name, weight in config.weights.items() if weight]
+        self.losses = ("loss", *on)
+        self.names = (*self.losses, "weight", *(ITM_COUNTS if "loss_itm" in on else ()))
+        self.sums: Tensor | None = None
 
     def add(self, out: Mapping[str, Tensor], weight: float = 1.0) -> None:
         """Adds one contrastive batch's results.
@@ -27,27 +34,35 @@ class Meter:
             out: from `stage1_step`.
             weight: of its losses in the mean.
         """
-        values = {name: out[name].detach().double() * weight for name in LOSSES if name in out}
+        values = {name: out[name].detach().double() * weight for name in self.losses}
         values["weight"] = torch.full_like(values["loss"], weight)
         if "itm_logits" in out:
             values |= _matching_counts(out)
-        for name, value in values.items():
-            self.sums[name] = self.sums[name] + value if name in self.sums else value
+        packed = torch.stack([values[name] for name in self.names])
+        self.sums = packed if self.sums is None else self.sums + packed
 
-    def read(self, world: World) -> dict[str, float]:
+    def read(self, world: World, device: torch.device) -> dict[str, float]:
         """Means over all ranks since the last reading, and starts anew: waits for the device.
+
+        All ranks call it, also those that added nothing.
+
+        Args:
+            world: the ranks.
+            device: where sums are kept.
 
         Returns:
             `loss*`, and where matching is trained `itm_accuracy`, `itm_accuracy_match`,
-            `itm_accuracy_no_match` (in [0, 1]) and `itm_without_negative` (rows that had none).
+            `itm_accuracy_no_match` (in [0, 1]) and `itm_without_negative` (rows that had none);
+            NaN where no rank added anything.
         """
-        if not self.sums:
-            return {}
-        names = list(self.sums)
-        packed = torch.stack([self.sums[name].double() for name in names])
-        total = dict(zip(names, all_reduce_sum(packed, world).tolist(), strict=True))
-        self.sums = {}
-        metrics = {name: total[name] / total["weight"] for name in LOSSES if name in total}
+        sums = self.sums
+        if sums is None:
+            sums = torch.zeros(len(self.names), dtype=torch.float64, device=device)
+        self.sums = None
+        total = dict(zip(self.names, all_reduce_sum(sums, world).tolist(), strict=True))
+        if not total["weight"]:
+            return dict.fromkeys(self.losses, math.nan)
+        metrics = {name: total[name] / total["weight"] for name in self.losses}
         if "match" in total:
             right = total["match_right"] + total["no_match_right"]
             metrics["itm_accuracy"] = right / max(1.0, total["match"] + total["no_match"])

@@ -112,12 +112,14 @@ class Monitor(pl.Callback):
     def report(self, trainer: pl.Trainer, pl_module: Any, step: int) -> None:
         """Reads the device once, logs, and stops the run where it must not go on."""
         world = current_world()
-        metrics = {f"train/{k}": v for k, v in pl_module.meter.read(world).items()}
+        metrics = {
+            f"train/{k}": v for k, v in pl_module.meter.read(world, pl_module.device).items()
+        }
         elapsed = time.perf_counter() - self.window_start
         steps = step - self.last_step
         batch = pl_module.batch
         rate = steps * batch.size / elapsed
-        in_all, in_a_row = pl_module.skips.tolist()
+        in_all, _, in_a_row = pl_module.skips.tolist()
         memory = _peak_memory_gb(pl_module.device)
         metrics |= {
             "samples_per_second": rate,

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from blip2_train.checkpoint import io
-from blip2_train.config import compare_for_resume
+from blip2_train.config import flatten
 from blip2_train.data.stream import Source
 from blip2_train.errors import UserError
 from blip2_train.models.vision import VisionTower
@@ -17,15 +17,91 @@ from blip2_train.training.checkpointing import RunState
 
 log = logging.getLogger(__name__)
 
+# May change freely: where and on what it runs, what it logs, how much it keeps.
+RESUME_FREE = (
+    "run.",
+    "resume.",
+    "init_from",
+    "batch.",
+    "qformer.gradient_checkpointing",
+    "qformer.init",
+    "text.bucket",
+    "trainer.accelerator",
+    "trainer.devices",
+    "trainer.log_every",
+    "trainer.max_consecutive_skips",
+    "data.root",
+    "data.num_workers",
+    "data.max_skip_fraction",
+    # places, whose content the checkpoint identifies by a digest
+    "vision.weights",
+    "text.tokenizer",
+    "data.validation.",
+    "validation.",
+    "checkpoint.",
+    "wandb.",
+)
+# Never: another model, other data, other random numbers. That is another run.
+RESUME_REFUSED = ("kind", "seed", "data.", "text.", "vision.", "qformer.", "model.")
+
+
+def compare_for_resume(
+    saved: Mapping[str, Any], current: Mapping[str, Any], allow: list[str]
+) -> list[str]:
+    """What changed since the checkpoint was written.
+
+    Args:
+        saved: the checkpoint's configuration.
+        current: this start's.
+        allow: keys (or their parents) that the user allows to change.
+
+    Returns:
+        A line "key: old -> new" for each permitted change.
+
+    Raises:
+        UserError: naming every change that is not permitted.
+    """
+    old, new = flatten(saved), flatten(current)
+    permitted, problems = [], []
+    for key in sorted(old.keys() | new.keys()):
+        before, after = old.get(key), new.get(key)
+        if before == after:
+            continue
+        change = f"{key}: {before} -> {after}"
+        if key.startswith("loss.weights.") and bool(before) != bool(after):
+            problems.append(f"{change} (turning a loss on or off trains other weights)")
+            continue
+        allowed = any(key == a or key.startswith(a + ".") for a in allow)
+        where = key.startswith("data.sources.") and key.endswith(".shards")
+        if key.startswith(RESUME_FREE) or where:
+            permitted.append(change)
+        elif key.startswith(RESUME_REFUSED):
+            problems.append(f"{change} (another {key.split('.')[0]} is another run)")
+        elif allowed:
+            permitted.append(change)
+        else:
+            problems.append(f"{change} (permit it with resume.allow=[{key}])")
+    if problems:
+        raise UserError(
+            "the run cannot be continued with a changed configuration: "
+            + "; ".join(problems)
+            + "; or give it a new run.name"
+        )
+    return permitted
+
 
 def find_checkpoint(cfg: Mapping[str, Any], folder: Path) -> Path | None:
-    """The checkpoint to go on from, by `resume.from`; None: a new run.
+    """The checkpoint to go on from, by `resume.from`; None: a new run. Rank 0 decides.
+
+    With a path, the run goes back to that checkpoint once: its own later ones are set aside, and
+    the same command given again goes on from what it has saved since.
 
     Raises:
         UserError: a given file is missing or damaged, or a new run would overwrite another.
     """
     wanted = cfg["resume"]["from"]
     checkpoints = folder / "checkpoints"
+    io.remove_leftovers(checkpoints)
     if wanted == "auto":
         return io.newest_valid(checkpoints)
     if wanted == "never":
@@ -34,16 +110,20 @@ def find_checkpoint(cfg: Mapping[str, Any], folder: Path) -> Path | None:
                 f"resume.from=never, but {folder} holds a run; give another run.name or delete it"
             )
         return None
+    own = io.newest_valid(checkpoints)
+    if own is not None and io.load(own, checked=True)["origin"] == wanted:
+        return own
     path = Path(wanted)
     if not path.is_file():
         raise UserError(f"resume.from={wanted}: there is no such file (or auto, or never)")
+    step = io.load(path)["step"]
+    for abandoned in io.set_aside(checkpoints, step):
+        log.warning("going back to step %d: %s is set aside", step, abandoned)
     return path
 
 
-def check_resume(
-    resume: Mapping[str, Any], cfg: Mapping[str, Any], state: RunState, path: Path
-) -> None:
-    """Compares configuration and data with the checkpoint's; logs what changed.
+def check_configuration(resume: Mapping[str, Any], cfg: Mapping[str, Any], world_size: int) -> None:
+    """Compares the configuration with the checkpoint's; logs what changed.
 
     Raises:
         UserError: something changed that may not.
@@ -51,6 +131,16 @@ def check_resume(
     saved = yaml.safe_load(resume["config"])
     for change in compare_for_resume(saved, cfg, cfg["resume"]["allow"]):
         log.info("changed since the checkpoint: %s", change)
+    if resume["world_size"] != world_size:
+        log.info("devices since the checkpoint: %d -> %d", resume["world_size"], world_size)
+
+
+def check_data(resume: Mapping[str, Any], state: RunState, path: Path) -> None:
+    """Compares shards and tokenizer with the checkpoint's.
+
+    Raises:
+        UserError: they are others.
+    """
     if resume["data"] != state.data:
         raise UserError(
             f"the shards are not those that {path} was trained on ({resume['data']} then, "
@@ -60,12 +150,18 @@ def check_resume(
         raise UserError(f"text.tokenizer is not the one that {path} was trained with")
 
 
-def new_state(cfg: Mapping[str, Any], sources: list[Source], tokenizer: Any) -> RunState:
+def new_state(
+    cfg: Mapping[str, Any], sources: list[Source], tokenizer: Any, world_size: int
+) -> RunState:
     """A run's state at step 0."""
+    given = cfg["resume"]["from"]
+    origin = given if given not in ("auto", "never") else ""
     vocabulary = sorted(tokenizer.get_vocab().items())
     return RunState(
         drawn={source.name: 0 for source in sources},
         config=yaml.safe_dump(dict(cfg), sort_keys=False),
+        origin=origin,
+        world_size=world_size,
         frozen={
             "tokenizer": {"digest": hashlib.sha256(repr(vocabulary).encode()).hexdigest()},
         },

@@ -2,11 +2,13 @@
 
 import csv
 import json
+import netrc
 import os
 from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlparse
 
 from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.loggers.logger import Logger, rank_zero_experiment
@@ -102,9 +104,16 @@ def wandb_mode(mode: str) -> str:
         return mode
     if chosen := os.environ.get("WANDB_MODE"):
         return chosen
-    import wandb
+    return "online" if os.environ.get("WANDB_API_KEY") or _has_netrc_account() else "offline"
 
-    return "online" if wandb.api.api_key else "offline"
+
+def _has_netrc_account() -> bool:
+    """Whether `wandb login` was run on this machine; it writes the key to ~/.netrc."""
+    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
+    try:
+        return host is not None and netrc.netrc().authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
 
 
 def wandb_logger(
@@ -121,9 +130,10 @@ def wandb_logger(
     mode = wandb_mode(settings["mode"])
     if mode == "disabled":
         return None
+    if mode == "offline":
+        os.environ.setdefault("WANDB_SILENT", "true")  # before the first import of wandb
     from wandb.sdk.lib.runid import generate_id
 
-    os.environ.setdefault("WANDB_SILENT", "true" if mode == "offline" else "false")
     return WandbLogger(
         name=run_dir.name,
         save_dir=str(run_dir),

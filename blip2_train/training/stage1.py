@@ -47,8 +47,12 @@ class Stage1Module(pl.LightningModule):
         self.seed = seed
         self.optimizer = optimizer
         self.schedule = schedule
-        self.meter = Meter()
-        self.skips = torch.zeros(2, dtype=torch.int64)  # non-finite steps: in all, in a row
+        self.meter = Meter(loss)
+        # DDP neither broadcasts nor watches what is frozen; it reads this name
+        frozen = [*model.vision.named_parameters(), *model.vision.named_buffers()]
+        self._ddp_params_and_buffers_to_ignore = [f"model.vision.{name}" for name, _ in frozen]
+        # steps skipped for a non-finite gradient: in all, in a row now, in a row at most
+        self.skips = torch.zeros(3, dtype=torch.int64)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Loss of one contrastive batch (one of `batch.accumulate` in an optimizer step)."""
@@ -94,7 +98,8 @@ class Stage1Module(pl.LightningModule):
         bad = ~norm.isfinite()
         optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
         skips = self.skips.to(norm.device)
-        self.skips = torch.stack([skips[0] + bad, (skips[1] + 1) * bad])
+        in_a_row = (skips[1] + 1) * bad
+        self.skips = torch.stack([skips[0] + bad, in_a_row, torch.maximum(skips[2], in_a_row)])
         self.grad_norm = norm.detach()
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:

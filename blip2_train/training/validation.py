@@ -91,9 +91,10 @@ class Validation(pl.Callback):
         world = current_world()
         model, loss = pl_module.model, pl_module.loss
         model.eval()
-        meter = Meter()
+        meter = Meter(loss)
         features: list[Features] = []
-        tokens: dict[int, Tensor] = {}
+        rerank_k = self.settings["rerank_k"] if loss.weights["itm"] else 0
+        tokens: dict[int, Tensor] = {}  # needed where matching re-ranks
         comparisons = 0.0  # sum over images of ln(images in its batch)
         skipped: list[Any] = []
         with trainer.precision_plugin.val_step_context():
@@ -110,9 +111,9 @@ class Validation(pl.Callback):
                 meter.add(out, weight=count)
                 comparisons += count * math.log(count)
                 features.append(encode(model, image_embeds, batch, number))
-                tokens[number] = image_embeds
-            metrics = meter.read(world)
-            rerank_k = self.settings["rerank_k"] if loss.weights["itm"] else 0
+                if rerank_k:
+                    tokens[number] = image_embeds
+            metrics = meter.read(world, pl_module.device)
             found = retrieve(model, features, tokens, rerank_k=rerank_k, world=world)
             metrics |= found.metrics
             rows = self._rows(trainer, model, found) if trainer.is_global_zero else []
