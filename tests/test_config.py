@@ -83,7 +83,7 @@ def test_groups_combine(vision: str, recipe: str) -> None:
 def test_every_data_file_composes(data: str) -> None:
     cfg = plain("stage1_vitg", f"data={data}", "data.root=/somewhere")
     if "validation" not in cfg["data"]:
-        with pytest.raises(UserError, match="validation.every=null"):
+        with pytest.raises(UserError, match=r"validation\.every=null"):
             validate(cfg)
         cfg["validation"]["every"] = None
     validate(cfg)

@@ -9,6 +9,7 @@ many samples were drawn from each source.
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,6 +31,7 @@ from blip2_train.data.shards import (
     ShardError,
     ShardInfo,
     ShardReader,
+    offsets_path,
     read_index,
 )
 from blip2_train.data.text import clean_caption
@@ -88,7 +90,27 @@ def open_source(name: str, shards: str | Path, split: str, weight: float = 1.0) 
             f"{', '.join(splits) or 'all empty'}. Name one of them, or add this one with "
             "blip2-prepare."
         )
+    _check_files(setting, folder, chosen)
     return Source(name, folder, split, weight, chosen)
+
+
+def _check_files(setting: str, folder: Path, shards: Sequence[ShardInfo]) -> None:
+    """Refuse shards that are missing or not of the index's size; costs one directory listing."""
+    sizes = {entry.name: entry.stat().st_size for entry in os.scandir(folder) if entry.is_file()}
+    for info in shards:
+        size = sizes.get(info.name)
+        if size is None:
+            found = "is missing"
+        elif size != info.bytes:
+            found = f"has {size} bytes, index.json says {info.bytes}"
+        elif offsets_path(folder / info.name).name not in sizes:
+            found = "has no .offsets.npy beside it"
+        else:
+            continue
+        raise UserError(
+            f"{setting}: {info.name} {found}. Prepare the folder again; blip2-prepare verify "
+            "checks all of it."
+        )
 
 
 class ShardPool:

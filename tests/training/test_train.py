@@ -11,6 +11,7 @@ ends with one sentence and exit code 2.
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -204,6 +205,7 @@ def test_a_damaged_checkpoint_is_left_for_the_one_before(
         ("seed=7", "seed: 42 -> 7"),
         ("optimizer.lr=0.5", "resume.allow=[optimizer.lr]"),
         ("resume=never", "holds a run"),
+        ("loss.weights.lm=0", "loss.weights.lm: 1.0 -> 0"),
         ("resume=nowhere.ckpt", "nowhere.ckpt"),
     ],
 )
@@ -224,9 +226,13 @@ def test_what_may_not_change_on_resume(
 def test_an_allowed_change_goes_through(shards: Path, tmp_path: Path) -> None:
     overrides = tiny_run(shards, tmp_path, "longer", **{"validation.every": "null"})
     assert train_in_process([*overrides, "trainer.max_steps=4"]) == 0
-    allow = "resume.allow=[optimizer.lr,trainer.max_steps]"
-    assert train_in_process([*overrides, "trainer.max_steps=8", "optimizer.lr=2e-3", allow]) == 0
-    assert last_checkpoint(tmp_path / "longer")["step"] == 8
+    allow = "resume.allow=[optimizer.lr,optimizer.weight_decay,trainer.max_steps]"
+    change = ["trainer.max_steps=8", "optimizer.lr=2e-3", "optimizer.weight_decay=0.5"]
+    assert train_in_process([*overrides, *change, allow]) == 0
+    state = last_checkpoint(tmp_path / "longer")
+    assert state["step"] == 8
+    decays = [group["weight_decay"] for group in state["optimizer"]["param_groups"]]
+    assert decays == [0.5, 0.0]  # and not the checkpoint's own
 
 
 def test_other_shards_are_refused(
@@ -329,6 +335,12 @@ BAD_INPUT = [
     ("init_from=/nowhere.pth", "/nowhere.pth"),
     ("loss.weights.itc=0 loss.weights.itm=0 loss.weights.lm=0", "loss.weights"),
     ("run.name=a/b", "run.name"),
+    ("kind=foo", "stage1_vitl"),
+    ("data.prompt=null", "data.prompt"),
+    ("trainer.deterministic=maybe", "trainer.deterministic"),
+    ("seed=-1", "seed=-1"),
+    ("qformer.cross_attention_freq=0", "qformer.cross_attention_freq"),
+    ("-m seed=1,2", "sweeps"),
 ]
 
 
@@ -405,3 +417,69 @@ def test_samples_that_cannot_be_decoded_are_written_down(tmp_path: Path) -> None
     assert rows(tmp_path / "run")[-1]["skipped_samples"] == str(len(lines))
     overrides = tiny_run(folder, tmp_path, "strict", **{"validation.every": "null"})
     assert train_in_process([*overrides, "trainer.max_steps=100"]) == 2
+
+
+def test_validation_with_fewer_batches_than_processes(shards: Path, tmp_path: Path) -> None:
+    """A rank without a validation batch takes part in every collective all the same."""
+    changes = {"validation.max_images": 4, "validation.every": 2, "trainer.max_steps": 2}
+    overrides = tiny_run(shards, tmp_path, "few", **changes)
+    done = run_command(overrides, 2, env=one_thread())
+    assert done.returncode == 0, done.stderr
+    alone = tiny_run(shards, tmp_path, "alone", **changes)
+    assert train_in_process(alone) == 0
+    ours, theirs = rows(tmp_path / "few")[-1], rows(tmp_path / "alone")[-1]
+    assert ours["val/i2t_r1"] == theirs["val/i2t_r1"]
+    assert float(ours["val/loss"]) == pytest.approx(float(theirs["val/loss"]), abs=1e-4)
+
+
+def test_going_back_to_a_checkpoint(shards: Path, tmp_path: Path) -> None:
+    """Later checkpoints are set aside, and the same command again goes on from what came since."""
+    overrides = tiny_run(shards, tmp_path, "back", **{"validation.every": "null"})
+    overrides += ["checkpoint.every=2", "checkpoint.keep_last=9"]
+    assert train_in_process(overrides) == 0
+    folder = tmp_path / "back" / "checkpoints"
+    back = [*overrides, f"resume={io.step_path(folder, 4)}"]
+    back += ["trainer.max_steps=6", "resume.allow=[trainer.max_steps]"]
+    weights = last_checkpoint(tmp_path / "back")["model"]
+    assert train_in_process(back) == 0
+    assert list(io.steps(folder)) == [2, 4, 6]
+    assert len(list(folder.glob("*.abandoned"))) == 4
+    again = [*back, "trainer.max_steps=12"]
+    assert train_in_process(again) == 0
+    assert list(io.steps(folder)) == [2, 4, 6, 8, 10, 12]
+    # within the warm-up the schedule does not depend on the length: the same steps, the same bits
+    assert_equal_states(last_checkpoint(tmp_path / "back")["model"], weights)
+
+
+def test_batch_and_accumulation_may_change_on_resume(shards: Path, tmp_path: Path) -> None:
+    """The position in the data is a number of samples, not of steps."""
+    overrides = tiny_run(shards, tmp_path, "batch", **{"validation.every": "null"})
+    allow = "resume.allow=[trainer.max_steps]"
+    assert train_in_process([*overrides, "trainer.max_steps=4"]) == 0
+    change = ["trainer.max_steps=6", "batch.size=16", "batch.accumulate=2", allow]
+    assert train_in_process([*overrides, *change]) == 0
+    state = last_checkpoint(tmp_path / "batch")
+    assert state["drawn"] == {"synthetic": 4 * 12 + 2 * 16} and state["step"] == 6
+
+
+def test_double_precision_resumes_exactly(shards: Path, tmp_path: Path) -> None:
+    changes = {"trainer.precision": "64-true", "validation.every": "null", "checkpoint.every": 3}
+    for name, stops in (("whole", [6]), ("parts", [3, 6])):
+        overrides = tiny_run(shards, tmp_path, name, **changes)
+        overrides += ["schedule.min_lr=1e-3", "schedule.warmup_steps=1"]  # no part of the length
+        for steps in stops:
+            extra = [f"trainer.max_steps={steps}", "resume.allow=[trainer.max_steps]"]
+            assert train_in_process([*overrides, *extra]) == 0
+    whole, parts = last_checkpoint(tmp_path / "whole"), last_checkpoint(tmp_path / "parts")
+    assert whole["model"]["qformer.query_tokens"].dtype == torch.float64
+    assert_equal_states(parts["model"], whole["model"])
+
+
+def test_a_missing_shard_is_found_before_training(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "shards"
+    shutil.copytree(shards, folder)
+    (folder / "train-000001.tar").unlink()
+    assert train_in_process(tiny_run(folder, tmp_path, "run")) == 2
+    assert "train-000001.tar is missing" in capsys.readouterr().err
