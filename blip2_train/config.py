@@ -208,6 +208,7 @@ NUMBERS: dict[str, tuple[float, float]] = {
 PAIRS = ("data.crop_scale", "optimizer.betas")
 NULLABLE = (
     "checkpoint.keep_every",
+    "data.crop_scale",
     "optimizer.grad_clip",
     "schedule.steps_per_epoch",
     "text.vocab_size",

@@ -39,7 +39,7 @@ class TrainTransform:
     def __init__(
         self,
         size: int,
-        scale: Sequence[float] = (0.5, 1.0),
+        scale: Sequence[float] | None = (0.5, 1.0),
         ratio: Sequence[float] = (3 / 4, 4 / 3),
         flip: float = 0.5,
         randaugment: bool = False,
@@ -48,21 +48,23 @@ class TrainTransform:
 
         Args:
             size: output size in pixels.
-            scale: smallest and largest share of the image's area that a crop covers.
+            scale: smallest and largest share of the image's area that a crop covers; None: the
+                whole image, as in evaluation.
             ratio: smallest and largest width / height of a crop.
             flip: probability of a horizontal flip.
             randaugment: apply `rand_augment` after the flip.
         """
         self.size = size
-        self.scale = (float(scale[0]), float(scale[1]))
+        self.scale = None if scale is None else (float(scale[0]), float(scale[1]))
         self.ratio = (float(ratio[0]), float(ratio[1]))
         self.flip = flip
         self.randaugment = randaugment
 
     def __call__(self, image: Image.Image, generator: torch.Generator) -> torch.Tensor:
         """Return uint8 [3, size, size] of an RGB image, drawn from a CPU generator."""
-        left, top, width, height = draw_crop(image.size, self.scale, self.ratio, generator)
-        image = image.crop((left, top, left + width, top + height))
+        if self.scale is not None:
+            left, top, width, height = draw_crop(image.size, self.scale, self.ratio, generator)
+            image = image.crop((left, top, left + width, top + height))
         image = image.resize((self.size, self.size), Image.Resampling.BICUBIC)
         if torch.rand(1, generator=generator) < self.flip:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)

@@ -52,7 +52,7 @@ def train_stream(
     transforms = {
         name: TrainTransform(
             image_size,
-            scale=tuple(data["crop_scale"]),
+            scale=data["crop_scale"],
             flip=data["flip"],
             randaugment=source["randaugment"],
         )

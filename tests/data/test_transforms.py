@@ -234,3 +234,10 @@ def test_augmented_images_differ_from_the_plain_ones_only_by_the_operations():
         assert np.array_equal(out.permute(1, 2, 0).numpy(), np.asarray(expected))
         same += torch.equal(out, plain_out)
     assert 0 < same < 60
+
+
+def test_without_a_crop_training_sees_what_evaluation_sees():
+    image = picture(31, 17, 5)
+    transform = TrainTransform(12, scale=None, flip=0.0)
+    generator = torch.Generator().manual_seed(1)
+    assert torch.equal(transform(image, generator), EvalTransform(12)(image))
