@@ -103,7 +103,10 @@ def _tokenizer_folder(name_or_path: str | Path) -> Path:
     folder = Path(name_or_path)
     if not folder.is_dir():
         if folder.is_absolute() or len(folder.parts) > 2:
-            raise UserError(f"text tokenizer {str(folder)!r}: there is no such folder.")
+            raise UserError(
+                f"text.tokenizer={folder}: there is no such folder; blip2-prepare --tokenizer N "
+                "writes one beside the shards."
+            )
         from huggingface_hub import snapshot_download
 
         try:

@@ -96,8 +96,8 @@ def fit(cfg: Mapping[str, Any], launch: Launch) -> Path:
     if resume is not None and resume["step"] >= cfg["trainer"]["max_steps"]:
         log.info("run %s is finished: step %d of %s", folder, resume["step"], path)
         return folder
-    tokenizer = build_tokenizer(cfg["text"])
     sources, held_out = open_sources(cfg["data"]), open_validation(cfg)
+    tokenizer = build_tokenizer(cfg["text"])
     state = new_state(cfg, sources, tokenizer, world.size)
     if resume is not None and path is not None:
         check_data(resume, state, path)
