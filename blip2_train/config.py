@@ -96,8 +96,9 @@ class BatchPlan:
 
     def __str__(self) -> str:
         return (
-            f"batch {self.size} = {self.accumulate} contrastive batch(es) of {self.contrastive} "
-            f"= {self.per_device} x {self.world_size} device(s) each"
+            f"batch {self.size} = {self.accumulate} part(s) of {self.contrastive} = "
+            f"{self.per_device} x {self.world_size} device(s) each; contrast compares "
+            f"{self.contrastive} samples at a time"
         )
 
 
@@ -128,7 +129,8 @@ def to_plain(cfg: DictConfig) -> dict[str, Any]:
         UserError: a required key (`???`) has no value, or an interpolation leads nowhere.
     """
     kinds = sorted(cfg.recipe.table)
-    if not OmegaConf.is_missing(cfg, "kind") and cfg.kind not in kinds:
+    own = OmegaConf.is_missing(cfg, "kind") or cfg.kind is None  # None: the stage has its own
+    if not own and cfg.kind not in kinds:
         raise UserError(f"kind={cfg.kind} is not a row of the recipe; its rows: {', '.join(kinds)}")
     try:
         plain: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
@@ -140,8 +142,19 @@ def to_plain(cfg: DictConfig) -> dict[str, Any]:
     return plain
 
 
-# What single keys may be: one of some values,
+# What single keys may be, in the stages that have them: one of some values,
 CHOICES: dict[str, tuple[str, ...]] = {
+    "stage": ("stage1", "stage2", "clip", "lm"),
+    "init": ("checkpoint", "bert", "random"),
+    "text.prefix": ("none", "random_split"),
+    "loss.gradient": ("reference", "full"),
+    "image_encoder.pool": ("head", "max", "mean"),
+    "image_encoder.position": ("learned", "sincos"),
+    "language_model.weights": ("pretrained", "random"),
+    "language_model.dtype": ("bfloat16", "float16", "float32"),
+    "language_model.quantization": (
+        "bitsandbytes_int8", "bitsandbytes_nf4", "torchao_int8", "torchao_int4",
+    ),
     "loss.itc.gradient": ("reference", "full"),
     "loss.normalise": ("global", "rank"),
     "trainer.precision": ("32-true", "64-true", "bf16-mixed"),
@@ -149,7 +162,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "vision.dtype": ("float32", "bfloat16"),
     "data.caption": ("uniform", "first"),
     "wandb.mode": ("auto", "online", "offline", "disabled"),
-}
+}  # fmt: skip
 # a whole number of at least,
 COUNTS = {
     "batch.accumulate": 1,
@@ -170,6 +183,17 @@ COUNTS = {
     "qformer.num_query_tokens": 1,
     "seed": 0,
     "vision.image_size": 1,
+    "image_encoder.image_size": 1,
+    "image_encoder.seed": 0,
+    "language_model.seed": 0,
+    "text_encoder.hidden_size": 1,
+    "text_encoder.intermediate_size": 1,
+    "text_encoder.max_positions": 1,
+    "text_encoder.num_heads": 1,
+    "text_encoder.num_layers": 1,
+    "model.vocab_size": 1,
+    "validation.max_new_tokens": 1,
+    "validation.num_beams": 1,
     "model.embed_dim": 1,
     "text.vocab_size": 1,
     "schedule.steps_per_epoch": 1,
@@ -191,6 +215,7 @@ NUMBERS: dict[str, tuple[float, float]] = {
     "data.crop_scale": (1e-6, 1),
     "data.flip": (0, 1),
     "data.max_skip_fraction": (0, 1),
+    "loss.smoothing": (0, 1 - 1e-9),
     "loss.itc.smoothing": (0, 1 - 1e-9),
     "loss.lm.smoothing": (0, 1 - 1e-9),
     "loss.weights.itc": (0, math.inf),
@@ -207,6 +232,7 @@ NUMBERS: dict[str, tuple[float, float]] = {
 }
 PAIRS = ("data.crop_scale", "optimizer.betas")
 NULLABLE = (
+    "causal_lm.end",
     "checkpoint.keep_every",
     "data.crop_scale",
     "optimizer.grad_clip",
@@ -221,8 +247,22 @@ NULLABLE = (
 TEXTS = {"data.prompt": True, "data.root": False, "run.dir": False, "run.name": False}
 TEXTS |= {"resume.from": False, "text.tokenizer": False, "vision.name": False}
 TEXTS |= {"vision.weights": False, "qformer.init": False, "wandb.project": False}
-SWITCHES = ("trainer.deterministic", "vision.drop_last_block", "qformer.gradient_checkpointing")
-
+TEXTS |= {"image_encoder.name": False, "image_encoder.weights": False}
+TEXTS |= {"language_model.name": False, "language_model.tokenizer": False}
+TEXTS |= {"language_model.end": False, "causal_lm.tokenizer": False, "causal_lm.end": False}
+SWITCHES = (
+    "trainer.deterministic",
+    "vision.drop_last_block",
+    "qformer.gradient_checkpointing",
+    "language_model.gradient_checkpointing",
+    "image_encoder.gradient_checkpointing",
+    "model.keep_text",
+)
+# Groups whose classes have defaults, and check what else they are given themselves.
+GROUPS = (
+    "vision.", "qformer.", "language_model.", "image_encoder.", "text_encoder.",
+    "causal_lm.config.",
+)  # fmt: skip
 
 # What every source of data.sources says.
 SOURCE_KEYS = {"shards", "split", "weight", "randaugment"}
@@ -244,22 +284,35 @@ def validate(cfg: Mapping[str, Any], world_size: int = 1) -> None:
         if not condition:
             problems.append(message)
 
-    weights = _at(cfg, "loss.weights")
-    need(
-        isinstance(weights, Mapping) and any(weights.values()),
-        f"loss.weights={weights}: at least one must be above 0",
-    )
+    if _has(cfg, "loss.weights"):
+        weights = _at(cfg, "loss.weights")
+        need(
+            isinstance(weights, Mapping) and any(weights.values()),
+            f"loss.weights={weights}: at least one must be above 0",
+        )
+    if _at(cfg, "init") == "checkpoint":
+        need(
+            _at(cfg, "init_from") is not None,
+            "stage 2 begins with a stage-1 checkpoint: give init_from=PATH, or init=random or "
+            "init=bert for the ablation without stage 1",
+        )
+    elif _has(cfg, "init"):
+        need(
+            _at(cfg, "init_from") is None,
+            f"init={_at(cfg, 'init')} and init_from={_at(cfg, 'init_from')} exclude each other",
+        )
     need(bool(_at(cfg, "data.sources")), "data.sources is empty; name at least one source")
     for name, source in (_at(cfg, "data.sources") or {}).items():
         given = set(source or {})
         missing, unknown = sorted(SOURCE_KEYS - given), sorted(given - SOURCE_KEYS)
         need(not missing, f"data.sources.{name} has no {', '.join(missing)}")
         need(not unknown, f"data.sources.{name} has unknown keys: {', '.join(unknown)}")
-    tokens, positions = _at(cfg, "text.max_tokens"), _at(cfg, "qformer.max_positions")
+    reader = {"stage1": "qformer", "clip": "text_encoder"}.get(str(_at(cfg, "stage")))
+    tokens, positions = _at(cfg, "text.max_tokens"), _at(cfg, f"{reader}.max_positions")
     if _is_number(tokens) and _is_number(positions):
         need(
             tokens <= positions,
-            f"text.max_tokens={tokens} exceeds qformer.max_positions={positions}",
+            f"text.max_tokens={tokens} exceeds {reader}.max_positions={positions}",
         )
     name = str(_at(cfg, "run.name"))
     need(
@@ -288,15 +341,15 @@ def _value_problems(cfg: Mapping[str, Any]) -> list[str]:
     """A sentence for each value that its key cannot have."""
     problems = []
 
-    def absent(key: str) -> bool:  # the constructors of these groups have defaults
-        return key.startswith(("vision.", "qformer.")) and _at(cfg, key) is None
+    def absent(key: str) -> bool:
+        return not _has(cfg, key) or (key.startswith(GROUPS) and _at(cfg, key) is None)
 
     for key, allowed in CHOICES.items():
-        if (value := _at(cfg, key)) not in allowed:
+        if not absent(key) and (value := _at(cfg, key)) not in allowed:
             problems.append(f"{key}={value} must be one of {', '.join(allowed)}")
     for key, may_be_empty in TEXTS.items():
         value = _at(cfg, key)
-        if absent(key):
+        if absent(key) or (value is None and key in NULLABLE):
             continue
         if not isinstance(value, str) or not (value or may_be_empty):
             problems.append(f"{key}={value} must be text")
@@ -311,7 +364,7 @@ def _value_problems(cfg: Mapping[str, Any]) -> list[str]:
             problems.append(f"{key}={value} must be a whole number of at least {least}")
     for key, (low, high) in NUMBERS.items():
         value = _at(cfg, key)
-        if value is None and key in NULLABLE:
+        if absent(key) or (value is None and key in NULLABLE):
             continue
         values = value if key in PAIRS and isinstance(value, list) and len(value) == 2 else [value]
         fits = len(values) == (2 if key in PAIRS else 1)
@@ -326,6 +379,12 @@ def _at(cfg: Any, key: str) -> Any:
     for part in key.split("."):
         cfg = cfg.get(part) if isinstance(cfg, Mapping) else None
     return cfg
+
+
+def _has(cfg: Any, key: str) -> bool:
+    *parents, last = key.split(".")
+    inner = _at(cfg, ".".join(parents)) if parents else cfg
+    return isinstance(inner, Mapping) and last in inner
 
 
 def _is_number(value: Any) -> bool:

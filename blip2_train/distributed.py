@@ -77,6 +77,13 @@ def all_reduce_sum(tensor: Tensor, world: World) -> Tensor:
     return total
 
 
+def broadcast_tensors(tensors: list[Tensor], world: World) -> None:
+    """Overwrites every rank's tensors with rank 0's."""
+    if world.size > 1:
+        for tensor in tensors:
+            dist.broadcast(tensor, src=0)
+
+
 def agree_on_maximum(value: int, world: World) -> "PendingMaximum":
     """Starts finding the largest `value` of all ranks; ask for the result later."""
     tensor = torch.tensor([value])

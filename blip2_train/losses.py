@@ -147,3 +147,8 @@ def smoothing_floor(classes: int, smoothing: float) -> float:
     low = smoothing / classes
     high = 1 - smoothing + low
     return -high * math.log(high) - (classes - 1) * low * math.log(low)
+
+
+def choice_levels(classes: float, smoothing: float) -> tuple[float, float]:
+    """Chance level and floor of picking one of so many classes, nats."""
+    return math.log(classes), smoothing_floor(round(classes), smoothing)

@@ -19,6 +19,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 
 from blip2_train.config import (
+    GROUPS,
     Launch,
     conf_dir,
     dotted_keys,
@@ -35,7 +36,7 @@ HYDRA_FLAGS = re.compile(
     r"-sc|--shell-completion|--experimental-rerun(=.*)?"
 )
 # Below these keys are the user's to add; the constructors that get them refuse unknown ones.
-OPEN_KEYS = ("data.sources.", "vision.", "qformer.")
+OPEN_KEYS = ("data.sources.", *GROUPS)
 
 
 def train(cfg: DictConfig, *, dry_run: bool = False) -> Path | None:
@@ -101,8 +102,8 @@ def compose(overrides: list[str], config_dirs: tuple[str, ...] = ()) -> DictConf
             if problems:
                 raise UserError("; ".join(problems))
             cfg = hydra.compose("train", groups + values)
-            plain = [g for g in groups if not g.lstrip("+").startswith("experiment=")]
-            documented = dotted_keys(hydra.compose("train", plain))
+            plain = [g for g in groups if not g.lstrip("+").startswith(("experiment=", "stage="))]
+            documented = dotted_keys(hydra.compose("train", [*plain, f"stage={cfg.stage}"]))
     except HydraException as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise UserError(" ".join(lines)) from error
@@ -112,7 +113,14 @@ def compose(overrides: list[str], config_dirs: tuple[str, ...] = ()) -> DictConf
         if key not in documented and not key.startswith(OPEN_KEYS)
     ]
     if extra:
-        raise UserError(f"nothing reads {', '.join(extra)}; conf/train.yaml names every key")
+        raise UserError(
+            f"nothing reads {', '.join(extra)}; conf/train.yaml and conf/stage/{cfg.stage}.yaml "
+            "name every key"
+        )
+    if lost := sorted(
+        key for key in documented - dotted_keys(cfg) if not key.startswith(("data.", *GROUPS))
+    ):
+        raise UserError(f"{', '.join(lost)} may not be taken away")
     return cfg
 
 

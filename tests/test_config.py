@@ -18,6 +18,8 @@ from blip2_train.config import (
     CHOICES,
     COUNTS,
     NUMBERS,
+    SWITCHES,
+    TEXTS,
     BatchPlan,
     Launch,
     conf_dir,
@@ -30,9 +32,11 @@ from blip2_train.config import (
 from blip2_train.errors import UserError
 from blip2_train.models.freezing import count_parameters
 from blip2_train.train import compose, run
-from blip2_train.training.build import build_loss, build_model
+from blip2_train.training.checkpointing import trained_state
+from blip2_train.training.fit import STAGES
 from blip2_train.training.optimizer import learning_rate
 from blip2_train.training.resume import compare_for_resume
+from blip2_train.training.stage2 import Stage2
 
 EXPERIMENTS = sorted(path.stem for path in (conf_dir() / "experiment").glob("*.yaml"))
 VISIONS = sorted(path.stem for path in (conf_dir() / "vision").glob("*.yaml"))
@@ -51,26 +55,83 @@ def paper() -> dict[str, Any]:
 # -- the files -------------------------------------------------------------------------------------
 
 
+# What stands in for files that other commands make.
+STAND_INS = {
+    "clip_flickr8k_tiny": ["text.vocab_size=200"],
+    "lm_flickr8k_tiny": ["+causal_lm.config.vocab_size=200"],
+    "stage1_flickr8k_tiny": ["text.vocab_size=200"],
+    "stage2_flickr8k_tiny": ["language_model=opt2_7b"],
+}
+
+
+def on_meta(cfg: dict[str, Any]) -> Any:
+    with torch.device("meta"):
+        return STAGES[cfg["stage"]](cfg).build_model(shapes_only=True)
+
+
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_builds(name: str) -> None:
-    cfg = plain(name, "vision.weights=random")
+    cfg = plain(name, *STAND_INS.get(name, []))
+    cfg["init_from"] = "some.ckpt" if cfg["stage"] == "stage2" else None
     validate(cfg)
-    assert cfg["run"]["name"] == name
-    with torch.device("meta"):
-        model = build_model(cfg, vocab_size=30523, dec_token_id=30522, end_token_id=102)
-    assert model.qformer.vision_width == model.vision.width
-    assert count_parameters(model.vision.parameters(), trainable=True) == 0
-    loss = build_loss(cfg["loss"])
-    assert set(loss.weights) == {"itc", "itm", "lm"} and loss.itc.smoothing == 0.1
+    assert cfg["run"]["name"] == name and name.startswith(cfg["stage"])
+    model = on_meta(cfg)
+    if "vision" in cfg:
+        assert model.qformer.vision_width == model.vision.width
+        assert count_parameters(model.vision.parameters(), trainable=True) == 0
+    if "language_model" in cfg:
+        assert count_parameters(model.language_model.parameters(), trainable=True) == 0
+    assert count_parameters(model.parameters(), trainable=True) > 0
 
 
 def test_the_papers_experiment_has_the_published_size(paper: dict[str, Any]) -> None:
     assert paper["vision"]["weights"] == "pretrained"
     assert paper["qformer"]["init"] == "bert-base-uncased"
-    paper = plain("stage1_vitg", "vision.weights=random")
-    with torch.device("meta"):
-        model = build_model(paper, vocab_size=30523, dec_token_id=30522, end_token_id=102)
-    assert count_parameters(model.parameters(), trainable=True) == 186_705_470
+    assert count_parameters(on_meta(paper).parameters(), trainable=True) == 186_705_470
+
+
+@pytest.mark.parametrize(
+    ("name", "trained", "frozen"),
+    [  # the paper's table 2, in millions; the first is exact in public logs
+        ("stage2_vitg_opt2_7b", 107.133696, 3.8e3 - 107),
+        ("stage2_vitg_opt6_7b", 108, 7.8e3 - 108),
+        ("stage2_vitg_flant5xl", 107, 4.1e3 - 107),
+        ("stage2_vitg_flant5xxl", 108, 12.1e3 - 108),
+        ("stage2_vitl_opt2_7b", 104, 3.1e3 - 104),
+    ],
+)
+def test_stage_2_has_the_published_sizes(name: str, trained: float, frozen: float) -> None:
+    model = on_meta(plain(name))
+    count = count_parameters(model.parameters(), trainable=True)
+    if isinstance(trained, float):
+        assert count == round(trained * 1e6)
+    assert count / 1e6 == pytest.approx(trained, abs=1)
+    others = count_parameters(model.parameters(), trainable=False) / 1e6
+    assert others == pytest.approx(frozen, rel=0.05)
+    # float32 weights and two moments are what its checkpoint holds
+    stored = sum(v.numel() for k, v in trained_state(model, Stage2.frozen_prefixes).items())
+    assert stored == count and 3 * 4 * stored < 1.4e9
+
+
+def test_the_recipes_of_stage_2() -> None:
+    paper = plain("stage2_vitg_opt2_7b")
+    assert paper["trainer"]["max_steps"] == 80_000 and paper["batch"]["size"] == 1920
+    assert (paper["optimizer"]["lr"], paper["schedule"]["min_lr"]) == (1e-4, 5e-5)
+    assert paper["schedule"]["warmup_steps"] == 2000 and paper["text"]["prefix"] == "none"
+    t5 = plain("stage2_vitg_flant5xl")
+    assert t5["batch"]["size"] == 1520 and t5["text"]["prefix"] == "random_split"
+    ours, theirs = flatten(paper), flatten(plain("stage2_vitg_opt2_7b", "recipe=lavis"))
+    changed = {k: theirs[k] for k in theirs if k in ours and theirs[k] != ours[k]}
+    assert changed == {
+        "trainer.max_steps": 13_600,
+        "batch.size": 1024,
+        "schedule.min_lr": 1e-5,
+        "schedule.steps_per_epoch": 1360,
+        "optimizer.betas": [0.9, 0.999],
+        "loss.normalise": "rank",
+        "data.sources.vg.randaugment": True,
+    }
+    assert plain("stage2_vitg_flant5xl", "recipe=lavis")["text"]["prefix"] == "none"
 
 
 @pytest.mark.parametrize("vision", VISIONS)
@@ -92,13 +153,26 @@ def test_every_data_file_composes(data: str) -> None:
         assert source["shards"].startswith("/somewhere/")
 
 
-def test_every_rule_is_about_a_key_that_exists(paper: dict[str, Any]) -> None:
-    keys = flatten(paper)
-    assert [k for k in [*CHOICES, *COUNTS, *NUMBERS] if k not in keys] == []
+RULES = sorted([*CHOICES, *COUNTS, *NUMBERS, *TEXTS, *SWITCHES])
 
 
-def test_every_key_of_train_yaml_has_a_comment() -> None:
-    lines = (conf_dir() / "train.yaml").read_text().split("\nhydra:")[0].splitlines()
+def composed_stages() -> dict[str, dict[str, Any]]:
+    names = ("stage1_vitg", "stage2_vitg_opt2_7b", "clip_flickr8k_tiny", "lm_flickr8k_tiny")
+    return {name: plain(name) for name in names}
+
+
+def test_every_rule_is_about_a_key_that_exists() -> None:
+    keys = {key for cfg in composed_stages().values() for key in flatten(cfg)}
+    assert [key for key in RULES if key not in keys] == []
+
+
+STAGE_FILES = sorted((conf_dir() / "stage").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", [conf_dir() / "train.yaml", *STAGE_FILES], ids=lambda p: p.stem)
+def test_every_key_has_a_comment(path: Path) -> None:
+    text = path.read_text().split("\nhydra:")[0].split("these are its own:")[0]
+    lines = [line for line in text.splitlines() if not line.startswith("stage:")]
     bare = [
         line
         for line in lines
@@ -277,10 +351,15 @@ def test_every_bad_value_is_named_in_one_message() -> None:
     assert "optimizer.betas=[0.9, 1.5] must be two numbers from 0 to 1" in said
 
 
+@pytest.fixture(scope="module")
+def stages() -> dict[str, dict[str, Any]]:
+    return composed_stages()
+
+
 @pytest.mark.parametrize("key", sorted([*CHOICES, *COUNTS, *NUMBERS]))
 @pytest.mark.parametrize("value", ["nonsense", True, -1, [], {"a": 1}, float("nan")])
-def test_no_value_is_a_traceback(paper: dict[str, Any], key: str, value: Any) -> None:
-    cfg = copy.deepcopy(paper)
+def test_no_value_is_a_traceback(stages: dict[str, dict[str, Any]], key: str, value: Any) -> None:
+    cfg = copy.deepcopy(next(cfg for cfg in stages.values() if key in flatten(cfg)))
     *parents, last = key.split(".")
     place = cfg
     for parent in parents:
@@ -331,7 +410,9 @@ def test_a_batch_is_cut() -> None:
     assert plan_batch(1680, 1, 16) == BatchPlan(1680, 1, 1680, 105, 16)
     plan = plan_batch(24, 3, 4)
     assert (plan.contrastive, plan.per_device) == (8, 2)
-    assert str(plan) == "batch 24 = 3 contrastive batch(es) of 8 = 2 x 4 device(s) each"
+    assert str(plan) == (
+        "batch 24 = 3 part(s) of 8 = 2 x 4 device(s) each; contrast compares 8 samples at a time"
+    )
 
 
 @pytest.mark.parametrize(

@@ -136,3 +136,67 @@ def run_command(
     return subprocess.run(
         command(overrides, processes), capture_output=True, text=True, timeout=300, **options
     )
+
+
+def tiny_stage_runs(shards: Path, runs: Path, **changes: Any) -> dict[str, list[str]]:
+    """Overrides of a run of a few seconds of every other stage; stage 2 builds on nothing."""
+    common: dict[str, Any] = {
+        "data": "synthetic",
+        "data.sources.synthetic.shards": shards,
+        "data.validation.shards": shards,
+        "data.num_workers": 0,
+        "batch.size": 12,
+        "schedule.warmup_steps": 4,
+        "trainer.max_steps": 12,
+        "trainer.log_every": 2,
+        "trainer.accelerator": "cpu",
+        "validation.every": 6,
+        "validation.batch_size": 5,
+        "validation.samples": 2,
+        "checkpoint.every": 4,
+        "wandb.mode": "disabled",
+        "run.dir": runs,
+    }
+    clip = {
+        "experiment": "clip_flickr8k_tiny",
+        "text.tokenizer": shards / "tokenizer",
+        "image_encoder.name": "test_vit",
+        "image_encoder.image_size": 32,
+        "text_encoder.hidden_size": 32,
+        "text_encoder.num_layers": 1,
+        "text_encoder.num_heads": 2,
+        "text_encoder.intermediate_size": 64,
+        "model.embed_dim": 16,
+    }
+    lm = {
+        "experiment": "lm_flickr8k_tiny",
+        "causal_lm.tokenizer": shards / "tokenizer",
+        "causal_lm.config.hidden_size": 32,
+        "causal_lm.config.word_embed_proj_dim": 32,
+        "causal_lm.config.num_hidden_layers": 2,
+        "causal_lm.config.ffn_dim": 64,
+        "causal_lm.config.num_attention_heads": 2,
+    }
+    config = "{model_type: opt, hidden_size: 32, word_embed_proj_dim: 32, num_hidden_layers: 2, "
+    config += "num_attention_heads: 2, ffn_dim: 64, max_position_embeddings: 64, dropout: 0.1}"
+    stage2 = {
+        "experiment": "stage2_flickr8k_tiny",
+        "init": "random",
+        "vision": "tiny_random",
+        "vision.name": "test_vit",
+        "vision.image_size": 32,
+        "qformer.hidden_size": 32,
+        "qformer.num_layers": 2,
+        "qformer.num_heads": 2,
+        "qformer.intermediate_size": 64,
+        "qformer.num_query_tokens": 4,
+        "language_model.name": "null",
+        "language_model.weights": "random",
+        "language_model.config": config,
+        "language_model.tokenizer": shards / "tokenizer",
+    }
+    stages = {"clip": clip, "lm": lm, "stage2": stage2}
+    return {
+        name: [f"{key}={value}" for key, value in (own | common | changes).items()]
+        for name, own in stages.items()
+    }

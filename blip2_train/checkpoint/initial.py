@@ -1,6 +1,8 @@
 """Initial weights of a training: `init_from` a checkpoint of ours or of LAVIS, key by key."""
 
 import pickle
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -72,17 +74,23 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str], list[st
     return account.state, account.dropped, account.unknown
 
 
-def init_from(model: nn.Module, path: Path, frozen_prefixes: tuple[str, ...]) -> Account:
+def init_from(
+    model: nn.Module,
+    path: Path,
+    frozen_prefixes: tuple[str, ...],
+    left_behind: Mapping[str, str] | None = None,
+) -> Account:
     """Loads what a checkpoint has for the trained part of the model.
 
     Args:
         model: changed in place.
         path: checkpoint of ours or of LAVIS.
         frozen_prefixes: parts that never come from a checkpoint.
+        left_behind: {regular expression: why}, weights of an earlier stage that this one may lack.
 
     Raises:
-        UserError: as `read_weights`; another shape; or no query tokens, without which nothing of
-            the Q-Former would be worth having.
+        UserError: as `read_weights`; another shape; nothing that fits; or no query tokens, without
+            which nothing of a Q-Former would be worth having.
     """
     weights, dropped, unexpected = read_weights(path)
     account = Account(dropped=dict(dropped), unexpected=list(unexpected))
@@ -91,7 +99,11 @@ def init_from(model: nn.Module, path: Path, frozen_prefixes: tuple[str, ...]) ->
         if name.startswith(frozen_prefixes):
             account.dropped[name] = "frozen, comes from its own weights"
         elif name not in own:
-            account.unexpected.append(name)
+            reasons = [why for names, why in (left_behind or {}).items() if re.match(names, name)]
+            if reasons:
+                account.dropped[name] = reasons[0]
+            else:
+                account.unexpected.append(name)
         elif own[name].shape != value.shape:
             raise UserError(
                 f"init_from={path}: {name} is {tuple(value.shape)}, the model's is "
@@ -102,7 +114,10 @@ def init_from(model: nn.Module, path: Path, frozen_prefixes: tuple[str, ...]) ->
     account.missing = [
         name for name in own if name not in weights and not name.startswith(frozen_prefixes)
     ]
-    if "qformer.query_tokens" not in account.loaded:
+    needed = "qformer.query_tokens"
+    if needed in own and needed not in account.loaded:
         raise UserError(f"init_from={path} has no query tokens; it is no BLIP-2 checkpoint")
+    if not account.loaded:
+        raise UserError(f"init_from={path} has no weight that this stage trains")
     model.load_state_dict({name: weights[name] for name in account.loaded}, strict=False)
     return account

@@ -28,6 +28,11 @@ NAMES = [
     ("temp", "temp"),
     ("vision.tower.", "visual_encoder."),
 ]
+# Stage 2, by the family of its language model, which LAVIS's names contain.
+STAGE2_NAMES = {
+    "opt": [("lm_proj.", "opt_proj."), ("language_model.lm.", "opt_model.")],
+    "t5": [("lm_proj.", "t5_proj."), ("language_model.lm.", "t5_model.")],
+}
 # The same inside a block: qformer.layers.{i}. and Qformer.bert.encoder.layer.{i}.
 LAYER_NAMES = [
     ("self_attention.query.", "attention.self.query."),
@@ -79,13 +84,18 @@ def is_lavis(state: Any) -> bool:
     return any(str(name).startswith("Qformer.") for name in state)
 
 
-def to_lavis_name(name: str) -> str:
+def to_lavis_name(name: str, family: str = "opt") -> str:
     """Our weight name -> LAVIS's.
+
+    Args:
+        name: of a weight.
+        family: of stage 2's language model, "opt" or "t5".
 
     Raises:
         KeyError: LAVIS has no such weight.
     """
-    return _rename(name, OUR_LAYER, "Qformer.bert.encoder.layer.", ours=0, theirs=1)
+    table = NAMES + STAGE2_NAMES[family]
+    return _rename(name, OUR_LAYER, "Qformer.bert.encoder.layer.", table, ours=0, theirs=1)
 
 
 def from_lavis_name(name: str) -> str:
@@ -94,7 +104,8 @@ def from_lavis_name(name: str) -> str:
     Raises:
         KeyError: we have no such weight.
     """
-    return _rename(name, LAVIS_LAYER, "qformer.layers.", ours=1, theirs=0)
+    table = NAMES + STAGE2_NAMES["opt"] + STAGE2_NAMES["t5"]
+    return _rename(name, LAVIS_LAYER, "qformer.layers.", table, ours=1, theirs=0)
 
 
 def from_lavis(state: dict[str, Tensor]) -> KeyAccount:
@@ -122,8 +133,16 @@ def from_lavis(state: dict[str, Tensor]) -> KeyAccount:
     return account
 
 
-def _rename(name: str, layer: re.Pattern[str], prefix: str, *, ours: int, theirs: int) -> str:
-    table, start = NAMES, ""
+def _rename(
+    name: str,
+    layer: re.Pattern[str],
+    prefix: str,
+    table: list[tuple[str, str]],
+    *,
+    ours: int,
+    theirs: int,
+) -> str:
+    start = ""
     if match := layer.match(name):
         table, start, name = LAYER_NAMES, f"{prefix}{match[1]}.", name[match.end() :]
     for entry in table:

@@ -6,7 +6,7 @@ Runs in the loader's workers. B: images, C: captions, T: `max_text_tokens`, S: i
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
@@ -21,18 +21,20 @@ if TYPE_CHECKING:
 class Sample:
     """One image with the caption chosen for it."""
 
-    image: torch.Tensor  # uint8 [3, S, S]
-    text: str  # cleaned
+    image: torch.Tensor  # uint8 [3, S, S]; [0] where the stream decodes no images
+    text: str  # the prompt and the first of `captions`
     image_id: int  # see `sample_id`
     key: str  # "source/shard/key"
+    captions: list[str] = field(default_factory=list)  # cleaned, all of the image, no prompt
+    uniform: float = 0.0  # in [0, 1), the sample's own random number
 
 
 @dataclass(frozen=True)
 class EvalSample:
     """One image with all its captions."""
 
-    image: torch.Tensor  # uint8 [3, S, S]
-    captions: list[str]  # cleaned, at least one
+    image: torch.Tensor  # uint8 [3, S, S]; [0] where the stream decodes no images
+    captions: list[str]  # cleaned, at least one, each behind the prompt
     image_id: int
     key: str
     item: int  # number within its `EvalStream`
@@ -85,6 +87,11 @@ def sample_id(source: str, shard: str, key: str, image_id: Any) -> int:
     if image_id is None:
         return stable_hash("sample", source, shard, key)
     return stable_hash("image", source, image_id)
+
+
+def stack_images(images: list[torch.Tensor]) -> torch.Tensor:
+    """Return uint8 [B, 3, S, S] of images [3, S, S]; [0, 3, 0, 0] where there are none."""
+    return torch.stack(images) if images else torch.empty(0, 3, 0, 0, dtype=torch.uint8)
 
 
 def tokenise(
@@ -140,7 +147,7 @@ def collate(
     texts = [sample.text for sample in samples]
     input_ids, attention_mask = tokenise(texts, tokenizer, max_text_tokens)
     return {
-        "image": torch.stack([sample.image for sample in samples]),
+        "image": stack_images([sample.image for sample in samples]),
         "input_ids": input_ids,
         "attention_mask": attention_mask,
         "image_id": torch.tensor([sample.image_id for sample in samples]),
@@ -168,9 +175,8 @@ def collate_eval(
     texts = [caption for sample in samples for caption in sample.captions]
     input_ids, attention_mask = tokenise(texts, tokenizer, max_text_tokens)
     counts = torch.tensor([len(sample.captions) for sample in samples], dtype=torch.int64)
-    images = [sample.image for sample in samples]
     return {
-        "image": torch.stack(images) if images else torch.empty(0, 3, 0, 0, dtype=torch.uint8),
+        "image": stack_images([sample.image for sample in samples]),
         "image_id": torch.tensor([sample.image_id for sample in samples], dtype=torch.int64),
         "input_ids": input_ids,
         "attention_mask": attention_mask,

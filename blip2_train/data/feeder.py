@@ -1,10 +1,10 @@
-"""Between the loader and the trainer: agrees on the text length of a step, one batch ahead."""
+"""Between the loader and the trainer: fetches one batch ahead, agrees on a step's text length."""
 
 import time
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from blip2_train.data.batch import ImageTextBatch, longest_text, text_bucket
+from blip2_train.data.batch import longest_text, text_bucket
 from blip2_train.distributed import PendingMaximum, World, agree_on_maximum
 
 
@@ -12,18 +12,20 @@ class Feeder:
     """Micro-batches with `text_length`, to which all ranks trim the text of that step.
 
     The longest caption of the *global* batch decides, since negatives' texts come from any rank.
-    Ranks agree on it while the batch before is being trained on.
+    Ranks agree on it while the batch before is being trained on. Where they exchange no texts,
+    each batch has its own length and passes as it is.
 
     Args:
         batches: this rank's micro-batches.
-        bucket: lengths are rounded up to a multiple of it.
+        bucket: lengths are rounded up to a multiple of it; None: nothing is agreed on, and there is
+            no `text_length`.
         world: the ranks that share a contrastive batch.
 
     Attributes:
         wait_seconds: time spent waiting for the loader, in all.
     """
 
-    def __init__(self, batches: Iterable[ImageTextBatch], bucket: int, world: World) -> None:
+    def __init__(self, batches: Iterable[Any], bucket: int | None, world: World) -> None:
         self.batches = batches
         self.bucket = bucket
         self.world = world
@@ -35,16 +37,18 @@ class Feeder:
         while following is not None:
             batch, longest = following
             following = self._fetch(source)
-            maximum = batch["input_ids"].shape[1]
-            length = text_bucket(longest.result(), self.bucket, maximum)
-            yield {**batch, "text_length": length}
+            if self.bucket is not None and longest is not None:
+                maximum = batch["input_ids"].shape[1]
+                length = text_bucket(longest.result(), self.bucket, maximum)
+                batch = {**batch, "text_length": length}
+            yield batch
 
-    def _fetch(
-        self, source: Iterator[ImageTextBatch]
-    ) -> tuple[ImageTextBatch, PendingMaximum] | None:
+    def _fetch(self, source: Iterator[Any]) -> tuple[Any, PendingMaximum | None] | None:
         started = time.perf_counter()
         batch = next(source, None)
         self.wait_seconds += time.perf_counter() - started
         if batch is None:
             return None
+        if self.bucket is None:
+            return batch, None
         return batch, agree_on_maximum(longest_text(batch), self.world)

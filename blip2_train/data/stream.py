@@ -42,6 +42,7 @@ log = logging.getLogger(__name__)
 
 Batch = TypeVar("Batch")
 CaptionChoice = Literal["uniform", "first"]
+TrainTransformation = Callable[[Image.Image, torch.Generator], torch.Tensor]
 
 RETRY_SECONDS = (1.0, 4.0, 16.0)  # between attempts: a file server that fails over needs some
 MAX_OPEN_SHARDS = 64
@@ -157,14 +158,14 @@ class TrainStream(IterableDataset[Batch]):
     """The endless sequence of one rank's micro-batches; use with `DataLoader(batch_size=None)`.
 
     A sample that cannot be used is replaced by the next usable one of its shard, in stored order;
-    caption, crop and flip are drawn from a generator seeded with (seed, epoch, source, shard, key).
-    Iterating starts at `drawn` each time.
+    caption, crop, flip and `Sample.uniform` are drawn, in this order, from a generator seeded with
+    (seed, epoch, source, shard, key). Iterating starts at `drawn` each time.
     """
 
     def __init__(
         self,
         sources: Sequence[Source],
-        transforms: Mapping[str, Callable[[Image.Image, torch.Generator], torch.Tensor]],
+        transforms: Mapping[str, TrainTransformation | None],
         collate: Callable[[list[Sample], list[Skipped]], Batch],
         *,
         contrastive_batch: int,
@@ -182,7 +183,8 @@ class TrainStream(IterableDataset[Batch]):
 
         Args:
             sources: in the order that decides ties of the mixture.
-            transforms: of each source by name, image and generator -> uint8 [3, S, S].
+            transforms: of each source by name, image and generator -> uint8 [3, S, S]; None: its
+                images are not decoded, for training on text alone.
             collate: samples of a micro-batch, and what was skipped for it -> batch; called in the
                 worker, so it must pickle.
             contrastive_batch: samples over all ranks, `batch.size / batch.accumulate`.
@@ -260,7 +262,8 @@ class TrainStream(IterableDataset[Batch]):
         info = source.shards[shard]
         for step in range(info.samples):
             place = (index + step) % info.samples
-            raw = _read(self._pool, source, shard, place, self._max_words)
+            decode = self._transforms[name] is not None
+            raw = _read(self._pool, source, shard, place, self._max_words, decode)
             if isinstance(raw, _Usable):
                 return self._augment(source, info, epoch, raw)
             skipped.append(raw)
@@ -275,10 +278,20 @@ class TrainStream(IterableDataset[Batch]):
         choice = 0
         if self._caption == "uniform":
             choice = int(torch.randint(len(raw.captions), (1,), generator=generator))
-        image = self._transforms[source.name](raw.image, generator)
-        text = self._prompt + raw.captions[choice]
-        image_id = sample_id(source.name, info.name, raw.key, raw.image_id)
-        return Sample(image, text, image_id, f"{source.name}/{info.name}/{raw.key}")
+        transform = self._transforms[source.name]
+        image = _no_image()
+        if transform is not None and raw.image is not None:
+            image = transform(raw.image, generator)
+        # After all other draws, which stay what they were before there was this one.
+        uniform = torch.rand(1, generator=generator).item()
+        return Sample(
+            image=image,
+            text=self._prompt + raw.captions[choice],
+            image_id=sample_id(source.name, info.name, raw.key, raw.image_id),
+            key=f"{source.name}/{info.name}/{raw.key}",
+            captions=raw.captions[choice:] + raw.captions[:choice],
+            uniform=uniform,
+        )
 
 
 class EvalStream(Dataset[EvalSample | Skipped]):
@@ -291,7 +304,7 @@ class EvalStream(Dataset[EvalSample | Skipped]):
     def __init__(
         self,
         source: Source,
-        transform: Callable[[Image.Image], torch.Tensor],
+        transform: Callable[[Image.Image], torch.Tensor] | None,
         *,
         max_images: int | None = None,
         max_words: int = 50,
@@ -302,7 +315,7 @@ class EvalStream(Dataset[EvalSample | Skipped]):
 
         Args:
             source: the validation split.
-            transform: image -> uint8 [3, S, S].
+            transform: image -> uint8 [3, S, S]; None: images are not decoded.
             max_images: use an evenly spaced subset of this size where there are more.
             max_words: of a caption, see `clean_caption`.
             prompt: put in front of every caption.
@@ -331,30 +344,39 @@ class EvalStream(Dataset[EvalSample | Skipped]):
         place = item * self._total // self._length
         shard = int(np.searchsorted(self._ends, place, side="right"))
         index = place - (int(self._ends[shard - 1]) if shard else 0)
-        raw = _read(self._pool, self._source, shard, index, self._max_words)
+        decode = self._transform is not None
+        raw = _read(self._pool, self._source, shard, index, self._max_words, decode)
         if not isinstance(raw, _Usable):
             return raw
         name, tar = self._source.name, self._source.shards[shard].name
         captions = [self._prompt + caption for caption in raw.captions]
         image_id = sample_id(name, tar, raw.key, raw.image_id)
         key = f"{name}/{tar}/{raw.key}"
-        return EvalSample(self._transform(raw.image), captions, image_id, key, item)
+        image = _no_image()
+        if self._transform is not None and raw.image is not None:
+            image = self._transform(raw.image)
+        return EvalSample(image, captions, image_id, key, item)
 
 
 @dataclass(frozen=True)
 class _Usable:
-    """A sample that was read and decoded."""
+    """A sample that was read and, where images are wanted, decoded."""
 
     key: str
-    image: Image.Image
+    image: Image.Image | None
     captions: list[str]  # cleaned, none empty, at least one
     image_id: object
 
 
+def _no_image() -> torch.Tensor:
+    """Return what stands for an image that was not decoded, uint8 [0]."""
+    return torch.empty(0, dtype=torch.uint8)
+
+
 def _read(
-    pool: ShardPool, source: Source, shard: int, index: int, max_words: int
+    pool: ShardPool, source: Source, shard: int, index: int, max_words: int, decode: bool
 ) -> _Usable | Skipped:
-    """Read and decode a sample, or say why it cannot be used."""
+    """Read a sample, with its image if `decode`, or say why it cannot be used."""
     key = f"#{index}"
     try:
         raw = pool.read(source, shard, index)
@@ -363,7 +385,7 @@ def _read(
         captions = [caption for caption in captions if caption]
         if not captions:
             raise SampleError(key, "no caption is left after cleaning")
-        image = load_rgb(raw.image)
+        image = load_rgb(raw.image) if decode else None
     except SampleError as error:
         key, reason = error.key, error.reason
     except BadImage as error:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,7 +23,14 @@ _SPACES = re.compile(r"\s{2,}")
 DECODER_START = "[DEC]"
 _REQUIRED_TOKENS = {"pad": "[PAD]", "cls": "[CLS]", "sep": "[SEP]", "unk": "[UNK]"}
 _VOCABULARY_FILES = ("vocab.txt", "tokenizer.json")
-_TOKENIZER_FILES = [*_VOCABULARY_FILES, "tokenizer_config.json", "special_tokens_map.json"]
+# What a download takes besides the vocabulary; config.json says which model the tokenizer is of.
+_SETTINGS_FILES = (
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "merges.txt",
+    "config.json",
+)
 
 
 def clean_caption(text: str, max_words: int = 50, prompt: str = "") -> str:
@@ -72,17 +80,21 @@ def load_text_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerFast:
     Raises:
         UserError: it cannot be found, or its special tokens are not BERT's.
     """
-    # A few dozen short captions gain nothing from the tokenizer's threads, and they make every
-    # fork of a loader worker print a warning.
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    use_one_tokenizer_thread()
     from transformers import BertTokenizer
 
-    folder = _tokenizer_folder(name_or_path)
+    folder = tokenizer_folder(
+        name_or_path,
+        "text.tokenizer",
+        _VOCABULARY_FILES,
+        "the folder of a BERT tokenizer (`blip2-prepare ... --tokenizer N` writes one beside the "
+        "shards), or a hub id such as bert-base-uncased",
+    )
     try:
         tokenizer = BertTokenizer.from_pretrained(str(folder))
     except (OSError, ValueError) as error:
         raise UserError(
-            f"text tokenizer {str(name_or_path)!r} could not be read: {_first_line(error)}"
+            f"text tokenizer {str(name_or_path)!r} could not be read: {first_line(error)}"
         ) from error
     tokenizer.padding_side = "right"
     tokenizer.truncation_side = "right"
@@ -91,11 +103,28 @@ def load_text_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def _tokenizer_folder(name_or_path: str | Path) -> Path:
+def use_one_tokenizer_thread() -> None:
+    """Turn the threads of tokenizers off, before transformers is imported.
+
+    A few dozen short captions gain nothing from them, and they make every fork of a loader worker
+    print a warning.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def tokenizer_folder(
+    name_or_path: str | Path, key: str, vocabulary_files: Sequence[str], wanted: str
+) -> Path:
     """Return the local folder of a tokenizer; a hub id is downloaded, or taken from the cache.
 
     `from_pretrained` is given a folder that was looked at, never a name: where it finds no
     vocabulary it answers with an empty one, after two minutes of retries.
+
+    Args:
+        name_or_path: a folder, else a hub id.
+        key: of the configuration that names it.
+        vocabulary_files: it must hold one of them.
+        wanted: what the user should give, for messages.
 
     Raises:
         UserError: there is no such tokenizer, or it cannot be reached.
@@ -103,26 +132,20 @@ def _tokenizer_folder(name_or_path: str | Path) -> Path:
     folder = Path(name_or_path)
     if not folder.is_dir():
         if folder.is_absolute() or len(folder.parts) > 2:
-            raise UserError(
-                f"text.tokenizer={folder}: there is no such folder; blip2-prepare --tokenizer N "
-                "writes one beside the shards."
-            )
+            raise UserError(f"{key}={folder}: there is no such folder; give {wanted}.")
         from huggingface_hub import snapshot_download
 
+        files = [*vocabulary_files, *_SETTINGS_FILES]
         try:
-            folder = Path(snapshot_download(folder.as_posix(), allow_patterns=_TOKENIZER_FILES))
+            folder = Path(snapshot_download(folder.as_posix(), allow_patterns=files))
         except (OSError, ValueError) as error:
             raise UserError(
-                f"text tokenizer {str(name_or_path)!r} is no folder, and the Hugging Face hub does "
-                f"not give it: {_first_line(error)} Give the folder of a BERT tokenizer "
-                "(`blip2-prepare ... --tokenizer N` writes one), or a hub id such as "
-                "bert-base-uncased with network access or a filled cache."
+                f"{key}={name_or_path} is no folder, and the Hugging Face hub does not give it: "
+                f"{first_line(error)} Give {wanted} with network access or a filled cache."
             ) from error
-    if not any((folder / name).is_file() for name in _VOCABULARY_FILES):
-        raise UserError(
-            f"text tokenizer {str(name_or_path)!r}: {folder} holds neither "
-            f"{' nor '.join(_VOCABULARY_FILES)}."
-        )
+    if not any((folder / name).is_file() for name in vocabulary_files):
+        names = ", ".join(vocabulary_files[:-1]) + f" nor {vocabulary_files[-1]}"
+        raise UserError(f"{key}={name_or_path}: {folder} holds neither {names}; give {wanted}.")
     return folder
 
 
@@ -158,6 +181,6 @@ def _check_special_tokens(tokenizer: PreTrainedTokenizerFast, name_or_path: str 
         )
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     """Return the first line of an error message: the hub's run over many."""
     return (str(error).splitlines() or [type(error).__name__])[0]

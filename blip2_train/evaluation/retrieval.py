@@ -3,10 +3,12 @@
 Shapes: I images, C captions; every caption belongs to one image.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
+
+from blip2_train.distributed import World
 
 # Score of a pair that was not re-ranked: below every re-ranked one.
 NOT_RANKED = -100.0
@@ -74,3 +76,21 @@ def mean_r1(metrics: dict[str, float]) -> float:
 def chunks(count: int, size: int) -> Iterable[slice]:
     """Slices that cover `count` items, `size` at a time."""
     return (slice(start, min(start + size, count)) for start in range(0, count, size))
+
+
+def own_batches(count: int, size: int, world: World) -> list[list[int]]:
+    """Item numbers of the validation batches that this rank works on."""
+    return [list(range(s.start, s.stop)) for s in chunks(count, size)][world.rank :: world.size]
+
+
+def describe_recalls(metrics: Mapping[str, float], images: int) -> str:
+    """One line: recall at 1, 5 and 10 both ways, by contrast and re-ranked."""
+    names = {
+        "i2t": "i2t", "t2i": "t2i", "itm_i2t": "re-ranked i2t", "itm_t2i": "re-ranked t2i",
+    }  # fmt: skip
+    recalls = "  ".join(
+        f"{name} R@1/5/10 " + "/".join(f"{metrics[f'{key}_r{k}']:.1f}" for k in (1, 5, 10))
+        for key, name in names.items()
+        if f"{key}_r1" in metrics
+    )
+    return f"{recalls}  (chance R@1 {100 / images:.2f})"

@@ -4,7 +4,6 @@ Batches are whole on one rank, and their make-up does not depend on the number o
 does any number, and every image counts exactly once.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,7 +111,7 @@ def encode(
 
 
 def retrieve(
-    model: Blip2Stage1,
+    model: Blip2Stage1 | None,
     features: list[Features],
     tokens: dict[int, Tensor],
     *,
@@ -124,7 +123,7 @@ def retrieve(
     Each rank re-ranks the pairs of its own images, so image tokens never travel.
 
     Args:
-        model: the stage-1 model.
+        model: the stage-1 model; None without re-ranking.
         features: of this rank's batches.
         tokens: {batch number: [B, P, Dv]} tower output of this rank's batches.
         rerank_k: how many candidates ITM re-ranks; 0: none.
@@ -143,6 +142,7 @@ def retrieve(
     sims = max_similarity(image_feats, text_feat)
     metrics = recalls(sims, sims.T, caption_image)
     if rerank_k:
+        assert model is not None, "matching re-ranks"
         ids = torch.cat([f.input_ids for f in everything])
         mask = torch.cat([f.attention_mask for f in everything])
         wanted = pairs_to_match(sims, rerank_k)
@@ -191,9 +191,3 @@ def match_captions(
         )
         scores.append(widen(logits[:, 1]).cpu())
     return torch.cat(scores)
-
-
-def own_batches(count: int, size: int, world: World) -> list[list[int]]:
-    """Item numbers of the validation batches that this rank works on."""
-    whole: Iterable[slice] = chunks(count, size)
-    return [list(range(s.start, s.stop)) for s in whole][world.rank :: world.size]

@@ -35,7 +35,7 @@ class QFormer(nn.Module):
     """BERT encoder with learned queries that cross-attend to an image.
 
     Args:
-        vocab_size: rows of the word table, [DEC] included (V).
+        vocab_size: rows of the word table, [DEC] included (V); None where there is no text side.
         vision_width: width of the image tower's tokens (Dv).
         hidden_size: width (D).
         num_layers: number of blocks.
@@ -47,12 +47,17 @@ class QFormer(nn.Module):
         dropout: probability on embeddings, attention weights and sub-layer outputs.
         gradient_checkpointing: recompute each block in the backward pass instead of keeping its
             activations. Losses and gradients stay the same, dropout included.
+        text: build the text side: embeddings, feed-forwards and head of the text. Without it (None
+            in their places) only `project_image` and `forward_queries` are left, as in stage 2.
+
+    Raises:
+        ValueError: the heads do not divide the width, or a text side lacks its vocabulary.
     """
 
     def __init__(
         self,
         *,
-        vocab_size: int,
+        vocab_size: int | None = None,
         vision_width: int,
         hidden_size: int = 768,
         num_layers: int = 12,
@@ -63,12 +68,15 @@ class QFormer(nn.Module):
         max_positions: int = 512,
         dropout: float = 0.1,
         gradient_checkpointing: bool = False,
+        text: bool = True,
     ) -> None:
         super().__init__()
         if hidden_size % num_heads:
             raise ValueError(
                 f"qformer.hidden_size={hidden_size} must be a multiple of num_heads={num_heads}"
             )
+        if text and vocab_size is None:
+            raise ValueError("a Q-Former with a text side needs vocab_size; give it, or text=False")
         self.gradient_checkpointing = gradient_checkpointing
         self.num_query_tokens = num_query_tokens
         self.hidden_size = hidden_size
@@ -76,8 +84,12 @@ class QFormer(nn.Module):
 
         self.query_tokens = nn.Parameter(torch.empty(1, num_query_tokens, hidden_size))
         self.ln_vision = nn.LayerNorm(vision_width, eps=1e-5)
-        self.word_embeddings = nn.Embedding(vocab_size, hidden_size)
-        self.position_embeddings = nn.Embedding(max_positions, hidden_size)
+        if vocab_size is not None and text:
+            self.word_embeddings = nn.Embedding(vocab_size, hidden_size)
+            self.position_embeddings = nn.Embedding(max_positions, hidden_size)
+        else:
+            self.register_module("word_embeddings", None)
+            self.register_module("position_embeddings", None)
         self.norm = layer_norm(hidden_size)
         self.dropout = nn.Dropout(dropout)
         self.layers = nn.ModuleList(
@@ -87,10 +99,14 @@ class QFormer(nn.Module):
                 intermediate_size,
                 dropout,
                 vision_width=vision_width if i % cross_attention_freq == 0 else None,
+                text=text,
             )
             for i in range(num_layers)
         )
-        self.lm_head = LMHead(hidden_size, vocab_size)
+        if vocab_size is not None and text:
+            self.lm_head = LMHead(hidden_size, vocab_size)
+        else:
+            self.register_module("lm_head", None)
         # BERT's 0.02 belongs to its width of 768. A narrower model gets the same gain per layer:
         # with 0.02 the text would hardly reach the queries, and matching would stay at chance.
         std = 0.02 * (768 / hidden_size) ** 0.5
@@ -131,6 +147,7 @@ class QFormer(nn.Module):
 
     def embed_text(self, input_ids: Tensor) -> Tensor:
         """Word and position embeddings [R, T, D] of token ids [R, T]; positions start at 0."""
+        assert self.word_embeddings is not None, "a Q-Former built with text=False reads no text"
         positions = torch.arange(input_ids.shape[1], device=input_ids.device)
         hidden = self.word_embeddings(input_ids) + self.position_embeddings(positions)
         return self.dropout(self.norm(hidden))
@@ -231,6 +248,7 @@ class QFormerLayer(nn.Module):
         dropout: float,
         *,
         vision_width: int | None,
+        text: bool,
     ) -> None:
         super().__init__()
         self.self_attention = SelfAttention(hidden_size, num_heads, dropout)
@@ -238,7 +256,7 @@ class QFormerLayer(nn.Module):
             CrossAttention(hidden_size, num_heads, dropout, vision_width) if vision_width else None
         )
         self.query_ffn = FeedForward(hidden_size, intermediate_size, dropout)
-        self.text_ffn = FeedForward(hidden_size, intermediate_size, dropout)
+        self.text_ffn = FeedForward(hidden_size, intermediate_size, dropout) if text else None
 
     def forward(
         self,
@@ -258,6 +276,7 @@ class QFormerLayer(nn.Module):
                 queries = self.cross_attention(queries, image)
             outputs.append(self.query_ffn(queries))
         if text.shape[1]:
+            assert self.text_ffn is not None, "a Q-Former built with text=False reads no text"
             outputs.append(self.text_ffn(text))
         return (torch.cat(outputs, dim=1) if len(outputs) > 1 else outputs[0]), kv
 

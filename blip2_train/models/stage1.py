@@ -102,29 +102,63 @@ class Blip2Stage1(nn.Module):
         return self.qformer.lm_head(hidden, self.qformer.word_embeddings.weight)
 
     @torch.no_grad()
-    def generate(self, image: ImageKV, max_length: int = 30) -> Tensor:
-        """Greedy captions.
+    def generate(
+        self,
+        image: ImageKV,
+        *,
+        max_length: int = 30,
+        min_length: int = 1,
+        num_beams: int = 1,
+        top_p: float | None = None,
+        temperature: float = 1.0,
+        length_penalty: float = 1.0,
+        repetition_penalty: float = 1.0,
+        num_captions: int = 1,
+    ) -> Tensor:
+        """Captions: greedy, by beam search, or sampled.
 
         Args:
             image: keys and values of B images.
-            max_length: tokens, [DEC] included.
+            max_length: tokens, [DEC] and [SEP] included.
+            min_length: tokens, [DEC] included, before [SEP] may stand.
+            num_beams: prefixes that are kept side by side; 1: greedy, or plain sampling.
+            top_p: None: the most likely; otherwise each token is drawn, with torch's global
+                generator, from the fewest that have this probability together (nucleus sampling).
+            temperature: divides the logits that are drawn from; acts with `top_p` only.
+            length_penalty: of beams: a caption scores its summed log-probability divided by its
+                length to this power.
+            repetition_penalty: > 1 makes tokens that stand in the caption less likely.
+            num_captions: of each image: its best beams, at most `num_beams`, or as many draws.
 
         Returns:
-            [B, <= max_length] ids: [DEC], the caption, [SEP], then [SEP] as padding.
+            int64 [B * num_captions, <= max_length]: [DEC], the caption, [SEP], then [PAD]; an
+            image's captions stand together.
+
+        Raises:
+            ValueError: `max_length` exceeds the position table or is below 2 or `min_length`; or
+                there is no search for so many captions.
         """
-        query_kv = self.encode_image(image).query_kv
-        rows, device = query_kv[0][0].shape[0], query_kv[0][0].device
-        ids = torch.full((rows, 1), self.dec_token_id, device=device)
-        ended = torch.zeros(rows, dtype=torch.bool, device=device)
-        for _ in range(max_length - 1):
-            hidden = self.caption(ids, query_kv)
-            following = self.lm_logits(hidden[:, -1]).argmax(dim=-1)
-            following = following.masked_fill(ended, self.end_token_id)
-            ids = torch.cat([ids, following[:, None]], dim=1)
-            ended |= following == self.end_token_id
-            if ended.all():
-                break
-        return ids
+        # transformers takes seconds to import, and only captions need it
+        from blip2_train.models.captioner import search, search_config
+
+        config = search_config(
+            start_id=self.dec_token_id,
+            end_id=self.end_token_id,
+            longest=self.qformer.position_embeddings.num_embeddings + 1,
+            max_length=max_length,
+            min_length=min_length,
+            num_beams=num_beams,
+            top_p=top_p,
+            temperature=temperature,
+            length_penalty=length_penalty,
+            repetition_penalty=repetition_penalty,
+            num_captions=num_captions,
+        )
+        return search(self._next_logits, self.encode_image(image).query_kv, config)
+
+    def _next_logits(self, input_ids: Tensor, query_kv: list[KeyValue]) -> Tensor:
+        """[R, T] ids -> [R, V] logits of the token after them."""
+        return self.lm_logits(self.caption(input_ids, query_kv)[:, -1])
 
 
 def unit(x: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ last feature map, one token per cell (CLIP ResNets: the map before attention poo
 import contextlib
 import difflib
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,30 +55,18 @@ class VisionTower(Frozen):
         super().__init__()
         self.name = name
         self.weights = weights
-        with _recorded_missing_keys() as missing:
-            self.tower = _create(name, image_size, weights, seed)
-        if drop_last_block:
-            _drop_last_block(name, self.tower)
-        if lacking := sorted(set(missing) & set(self.tower.state_dict())):
-            raise UserError(
-                f"vision.weights={weights} lacks {len(lacking)} weights of {name}, the first is "
-                f"{lacking[0]}; give a file of this model's weights"
-            )
-        pretrained: dict[str, Any] = self.tower.pretrained_cfg  # type: ignore[assignment]
-        self.image_size: int = image_size or pretrained["input_size"][-1]
-        self.mean: tuple[float, ...] = pretrained["mean"]
-        self.std: tuple[float, ...] = pretrained["std"]
+        self.tower = create_tower(
+            name,
+            image_size=image_size,
+            weights=weights,
+            seed=seed,
+            drop_last_block=drop_last_block,
+        )
+        self.image_size, self.mean, self.std = expected_input(self.tower, image_size)
         self.tower.to(DTYPES[dtype])
         self.freeze()
-        with torch.device("meta"):
-            blank = torch.zeros(1, 3, self.image_size, self.image_size, dtype=DTYPES[dtype])
-        try:
-            tokens = _meta_tokens(self.tower, blank)
-        except AssertionError as error:  # timm's checks of the input's size
-            raise UserError(
-                f"vision.image_size={self.image_size} does not suit {name}: {error}"
-            ) from error
-        self.num_tokens, self.width = tokens.shape[1:]
+        shape = feature_shape(image_tokens, self.tower, self.image_size, name=name)
+        self.num_tokens, self.width = shape[1:]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -128,12 +116,16 @@ def normalise(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> Ten
     return out
 
 
-def image_tokens(tower: nn.Module, image: Tensor) -> Tensor:
-    """A timm model's features as a sequence: [B, 3, S, S] -> [B, P, Dv]."""
+def image_tokens(tower: nn.Module, image: Tensor, key: str = "vision") -> Tensor:
+    """A timm model's features as a sequence: [B, 3, S, S] -> [B, P, Dv].
+
+    Raises:
+        UserError: the model gives several maps; names the configuration group `key`.
+    """
     features = tower.forward_features(image)  # type: ignore[operator]
     if not isinstance(features, Tensor):
         raise UserError(
-            f"vision: {type(tower).__name__} gives several feature maps, not one; take another "
+            f"{key}: {type(tower).__name__} gives several feature maps, not one; take another "
             "timm model"
         )
     if features.ndim == 4:  # [B, Dv, h, w], or [B, h, w, Dv] of models that say so
@@ -143,43 +135,113 @@ def image_tokens(tower: nn.Module, image: Tensor) -> Tensor:
     return features
 
 
-def _meta_tokens(tower: nn.Module, blank: Tensor) -> Tensor:
-    """Shape of the tower's tokens, without computing them."""
-    meta = {
-        key: torch.empty_like(value, device="meta")
-        for key, value in [*tower.named_parameters(), *tower.named_buffers()]
+def create_tower(
+    name: str,
+    *,
+    image_size: int | None,
+    weights: str,
+    seed: int,
+    drop_last_block: bool = False,
+    key: str = "vision",
+) -> nn.Module:
+    """A timm model without classifier, with all of its weights; float32 and in training mode.
+
+    Args:
+        name: see `VisionTower`, as are the next four.
+        image_size: side in pixels, or None.
+        weights: "pretrained", "random" or a path.
+        seed: of random weights; nobody else's random numbers are disturbed.
+        drop_last_block: without the last block, the final norm and the head.
+        key: configuration group that errors name.
+
+    Raises:
+        UserError: the model or some of its weights cannot be had, or there is no block to drop.
+    """
+    with _recorded_missing_keys() as missing:
+        tower = _create(name, image_size, weights, seed, key)
+    if drop_last_block:
+        _drop_last_block(name, tower, key)
+    if lacking := sorted(set(missing) & set(tower.state_dict())):
+        raise UserError(
+            f"{key}.weights={weights} lacks {len(lacking)} weights of {name}, the first is "
+            f"{lacking[0]}; give a file of this model's weights"
+        )
+    return tower
+
+
+def expected_input(
+    tower: nn.Module, image_size: int | None
+) -> tuple[int, tuple[float, ...], tuple[float, ...]]:
+    """Side in pixels, and mean and std per channel, of a timm model's images.
+
+    Args:
+        tower: any timm model.
+        image_size: the side if it is not the weights' own.
+    """
+    pretrained: dict[str, Any] = tower.pretrained_cfg  # type: ignore[assignment]
+    return image_size or pretrained["input_size"][-1], pretrained["mean"], pretrained["std"]
+
+
+def feature_shape(
+    features: Callable[[nn.Module, Tensor], Tensor],
+    tower: nn.Module,
+    image_size: int,
+    *,
+    name: str,
+    key: str = "vision",
+) -> torch.Size:
+    """Shape of one image's features, without computing them.
+
+    Args:
+        features: of a tower and an image [1, 3, S, S] in the tower's dtype.
+        tower: in eval mode, as batch norms refuse to train on a single value.
+        image_size: side in pixels (S).
+        name: of the model, for errors.
+        key: configuration group that errors name.
+
+    Raises:
+        UserError: the model does not take images of this size.
+    """
+    state = {
+        f"tower.{path}": torch.empty_like(value, device="meta")
+        for path, value in [*tower.named_parameters(), *tower.named_buffers()]
     }
 
-    class Tokens(nn.Module):
+    class Features(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.tower = tower
 
         def forward(self, image: Tensor) -> Tensor:
-            return image_tokens(self.tower, image)
+            return features(self.tower, image)
 
-    state = {f"tower.{key}": value for key, value in meta.items()}
-    return torch.func.functional_call(Tokens(), state, (blank,))
+    dtype = next(tower.parameters()).dtype
+    blank = torch.zeros(1, 3, image_size, image_size, dtype=dtype, device="meta")
+    try:
+        return torch.func.functional_call(Features(), state, (blank,)).shape
+    except AssertionError as error:  # timm's checks of the input's size
+        raise UserError(f"{key}.image_size={image_size} does not suit {name}: {error}") from error
 
 
-def _create(name: str, image_size: int | None, weights: str, seed: int) -> nn.Module:
+def _create(name: str, image_size: int | None, weights: str, seed: int, key: str) -> nn.Module:
     if not timm.is_model(name):
         close = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.4)
-        raise UserError(f"vision.name={name} is not a timm model; close names: {close}")
+        raise UserError(f"{key}.name={name} is not a timm model; close names: {close}")
     try:
         published = timm.get_pretrained_cfg(name)
     except RuntimeError as error:
         tags = [full.partition(".")[2] for full in timm.list_pretrained(name.partition(".")[0])]
-        raise UserError(f"vision.name={name}: {error} Its tags: {', '.join(tags)}") from error
+        raise UserError(f"{key}.name={name}: {error} Its tags: {', '.join(tags)}") from error
     assert published is not None
     options: dict = {"num_classes": 0}
     if weights not in ("pretrained", "random"):
         if not Path(weights).is_file():
             raise UserError(
-                f"vision.weights={weights} is no file; give a file of timm weights, "
+                f"{key}.weights={weights} is no file; give a file of timm weights, "
                 "'pretrained' or 'random'"
             )
-        options["pretrained_cfg_overlay"] = {"file": weights}
+        # the weights' own format may be another one
+        options["pretrained_cfg_overlay"] = {"file": weights, "custom_load": False}
     if image_size is not None and image_size != published.input_size[-1]:
         options["img_size"] = image_size
     # A file of another kind fails in as many ways as there are kinds.
@@ -198,10 +260,9 @@ def _create(name: str, image_size: int | None, weights: str, seed: int) -> nn.Mo
         except unreadable as error:
             source = "download" if weights == "pretrained" else f"file {weights}"
             raise UserError(
-                f"the weights of vision.name={name} could not be loaded ({source}): "
+                f"the weights of {key}.name={name} could not be loaded ({source}): "
                 f"{(str(error) or type(error).__name__).splitlines()[0]}; without a network set "
-                "vision.weights to a file of "
-                "timm weights"
+                f"{key}.weights to a file of timm weights"
             ) from error
 
 
@@ -223,13 +284,13 @@ def _recorded_missing_keys() -> Iterator[list[str]]:
         nn.Module.load_state_dict = original  # type: ignore[method-assign]
 
 
-def _drop_last_block(name: str, tower: nn.Module) -> None:
+def _drop_last_block(name: str, tower: nn.Module, key: str) -> None:
     blocks = getattr(tower, "blocks", None)
     is_transformer = hasattr(tower, "pos_embed") or hasattr(tower, "rope")
     is_transformer &= not hasattr(tower, "stages") and not hasattr(tower, "stage_ends")
     if not is_transformer or blocks is None or len(blocks) < 2:
         raise UserError(
-            f"vision.drop_last_block=true needs a plain transformer of two or more blocks, which "
-            f"{name} is not; set vision.drop_last_block=false"
+            f"{key}.drop_last_block=true needs a plain transformer of two or more blocks, which "
+            f"{name} is not; set {key}.drop_last_block=false"
         )
     tower.prune_intermediate_layers([len(blocks) - 2], prune_norm=True, prune_head=True)  # type: ignore[operator]

@@ -1,4 +1,4 @@
-"""From a resolved configuration to the parts of a stage-1 training."""
+"""Parts that several stages are built from."""
 
 import logging
 from collections.abc import Mapping
@@ -8,23 +8,21 @@ from typing import Any
 import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
+from torch import nn
 
 from blip2_train.checkpoint.bert import init_from_bert, read_bert
 from blip2_train.data.text import load_text_tokenizer
 from blip2_train.errors import UserError
 from blip2_train.models.freezing import count_parameters, parameter_table
-from blip2_train.models.stage1 import Blip2Stage1
+from blip2_train.models.qformer import QFormer
+from blip2_train.models.vision import VisionTower
 from blip2_train.seeding import stable_hash
-from blip2_train.training.objectives import ItcConfig, LmConfig, LossConfig
 
 log = logging.getLogger(__name__)
 
-# Parts of the stage-1 model that are frozen: they are not stored in checkpoints.
-FROZEN_PREFIXES = ("vision.",)
 
-
-def build_tokenizer(settings: Mapping[str, Any]) -> Any:
-    """The Q-Former's tokenizer, checked against `text.vocab_size`.
+def build_text_tokenizer(settings: Mapping[str, Any]) -> Any:
+    """A BERT tokenizer with [DEC], checked against `text.vocab_size`.
 
     Raises:
         UserError: it cannot be had, or has another vocabulary.
@@ -39,27 +37,9 @@ def build_tokenizer(settings: Mapping[str, Any]) -> Any:
     return tokenizer
 
 
-def build_model(
-    cfg: Mapping[str, Any], *, vocab_size: int, dec_token_id: int, end_token_id: int
-) -> Blip2Stage1:
-    """The stage-1 model with random weights in its trained parts.
-
-    Args:
-        cfg: resolved configuration.
-        vocab_size: rows of the word table, [DEC] included.
-        dec_token_id: id of [DEC].
-        end_token_id: id of [SEP].
-    """
-    vision = instantiate_group("vision", cfg["vision"])
-    settings = {k: v for k, v in cfg["qformer"].items() if k != "init"}
-    # the draw must not depend on the tower, nor on anything that ran before
-    torch.manual_seed(stable_hash("weights", cfg["seed"]))
-    qformer = instantiate_group(
-        "qformer", settings, vocab_size=vocab_size, vision_width=vision.width
-    )
-    return Blip2Stage1(
-        vision, qformer, dec_token_id=dec_token_id, end_token_id=end_token_id, **cfg["model"]
-    )
+def seed_weights(seed: int) -> None:
+    """Before trained parts are drawn: they must not depend on anything that was built before."""
+    torch.manual_seed(stable_hash("weights", seed))
 
 
 def instantiate_group(name: str, settings: Mapping[str, Any], **values: Any) -> Any:
@@ -81,19 +61,19 @@ def instantiate_group(name: str, settings: Mapping[str, Any], **values: Any) -> 
         raise
 
 
-def initialise_qformer(model: Blip2Stage1, source: str) -> None:
+def initialise_qformer(qformer: QFormer, source: str) -> None:
     """Gives the Q-Former its first weights and logs what came from where.
 
     Args:
-        model: changed in place.
+        qformer: changed in place.
         source: "random", or a BERT by Hugging Face id or folder.
     """
     if source == "random":
         log.info("Q-Former: every weight is drawn at random")
         return
-    origin = init_from_bert(model.qformer, read_bert(source), source)
+    origin = init_from_bert(qformer, read_bert(source), source)
     rows: dict[tuple[str, str], int] = {}
-    sizes = {name: p.numel() for name, p in model.qformer.named_parameters()}
+    sizes = {name: p.numel() for name, p in qformer.named_parameters()}
     for name, place in origin.items():
         parts = [part for part in name.split(".")[:-1] if not part.isdigit()]
         key = (".".join(parts) or name, place)
@@ -103,17 +83,43 @@ def initialise_qformer(model: Blip2Stage1, source: str) -> None:
         log.info("  %-36s %12s  %s", part, f"{count:,}", place)
 
 
-def build_loss(cfg: Mapping[str, Any]) -> LossConfig:
-    """The objectives of `loss.*`."""
-    return LossConfig(
-        weights=cfg["weights"],
-        normalise=cfg["normalise"],
-        itc=ItcConfig(**cfg["itc"]),
-        lm=LmConfig(**cfg["lm"]),
-    )
+def tower_identity(vision: VisionTower) -> dict[str, str]:
+    """What checkpoints hold in place of the tower's weights."""
+    return {"name": vision.name, "weights": vision.weights, "digest": vision.digest()}
 
 
-def log_parameters(model: Blip2Stage1) -> None:
+def traced_tower(vision: VisionTower, samples: int) -> None:
+    """Runs the tower on fake images, for an estimate of its arithmetic."""
+    vision(torch.zeros(samples, 3, vision.image_size, vision.image_size))
+
+
+def tower_bytes(vision: VisionTower) -> int:
+    """What the tower holds of one sample at its widest: a block's 4x hidden layer, a few copies."""
+    return 8 * vision.num_tokens * vision.width * vision.dtype.itemsize
+
+
+def made_up_text(words: int, samples: int = 2, rank: int = 0) -> dict[str, Any]:
+    """Random text of 16 tokens, the same at every call; ids differ between ranks.
+
+    Args:
+        words: rows of the word table.
+        samples: of the batch.
+        rank: of this process.
+    """
+    length = 16
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, min(words, 100), (samples, length), generator=generator)
+    starts = torch.arange(samples)[:, None] * length
+    return {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "image_id": torch.arange(samples) + samples * rank,
+        "lm_index": (starts + torch.arange(length - 1)).flatten(),
+        "text_length": length,
+    }
+
+
+def log_parameters(model: nn.Module) -> None:
     """Logs what is trained and what is frozen, in which precision."""
     log.info("%-32s %15s  %-7s  %s", "module", "parameters", "state", "dtype")
     for row in parameter_table(model):

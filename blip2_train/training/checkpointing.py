@@ -88,6 +88,7 @@ class Checkpointing(pl.Callback):
         drawn_after: samples drawn from each source after so many micro-batches of this start.
         frozen_prefixes: parts of the model that are not stored.
         paused: stops the speed clock while a checkpoint is written.
+        export: writes what other programs load, before the last checkpoint.
         every: optimizer steps between saves.
         keep_last: newest files kept.
         keep_every: files at multiples of it are kept; None: no such rule.
@@ -102,6 +103,7 @@ class Checkpointing(pl.Callback):
         drawn_after: Callable[[int], dict[str, int]],
         frozen_prefixes: tuple[str, ...],
         paused: Callable[[], contextlib.AbstractContextManager[None]],
+        export: Callable[[], None] = lambda: None,
         *,
         every: int,
         keep_last: int,
@@ -114,6 +116,7 @@ class Checkpointing(pl.Callback):
         self.drawn_after = drawn_after
         self.frozen_prefixes = frozen_prefixes
         self.paused = paused
+        self.export = export
         self.every = every
         self.keep = {"keep_last": keep_last, "keep_every": keep_every, "keep_best": keep_best}
         self.resume = resume
@@ -158,6 +161,8 @@ class Checkpointing(pl.Callback):
                 "optimizer": trainer.optimizers[0].state_dict(),
             }
             try:
+                if state.step >= trainer.max_steps:
+                    self.export()
                 io.save(io.step_path(self.folder, state.step), content)
                 io.prune(self.folder, scores=state.scores, **self.keep)  # type: ignore[arg-type]
             except OSError as error:
@@ -206,17 +211,12 @@ def rehearse(trainer: pl.Trainer, pl_module: Any) -> int:
     """
     from torch.utils.flop_counter import FlopCounterMode
 
-    qformer = pl_module.model.qformer
-    checkpointing, qformer.gradient_checkpointing = qformer.gradient_checkpointing, False
     batch = trainer.strategy.batch_to_device(pl_module.rehearsal_batch())
-    with FlopCounterMode(display=False) as counter:
+    with pl_module.rehearsing(), FlopCounterMode(display=False) as counter:
         with trainer.precision_plugin.train_step_context():
             loss = trainer.strategy.training_step(batch, 0)
         assert isinstance(loss, Tensor)
         loss.backward()
-    pl_module.zero_grad(set_to_none=True)
-    pl_module.meter.sums = None
-    qformer.gradient_checkpointing = checkpointing
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    return counter.get_total_flops() // len(batch["image_id"])
+    return counter.get_total_flops() // pl_module.rehearsal_samples

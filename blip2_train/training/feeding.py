@@ -1,14 +1,12 @@
 """From `data.*` of the configuration to the batches of a training and its validation."""
 
 import dataclasses
-import functools
 from collections.abc import Mapping
 from typing import Any
 
 from torch.utils.data import DataLoader
 
 from blip2_train.config import BatchPlan
-from blip2_train.data.batch import collate, collate_eval
 from blip2_train.data.stream import EvalStream, Source, TrainStream, open_source
 from blip2_train.data.transforms import EvalTransform, TrainTransform
 from blip2_train.distributed import World
@@ -42,15 +40,27 @@ def train_stream(
     cfg: Mapping[str, Any],
     batch: BatchPlan,
     sources: list[Source],
-    tokenizer: Any,
+    collate: Any,
     world: World,
     drawn: dict[str, int],
-    image_size: int,
+    image_size: int | None,
 ) -> TrainStream:
-    """This rank's micro-batches, from where `drawn` says."""
+    """This rank's micro-batches, from where `drawn` says.
+
+    Args:
+        cfg: resolved configuration.
+        batch: how the global batch is cut.
+        sources: of the data.
+        collate: puts a batch together.
+        world: the ranks.
+        drawn: samples drawn from each source so far.
+        image_size: in pixels; None: images are not decoded.
+    """
     data = cfg["data"]
     transforms = {
-        name: TrainTransform(
+        name: None
+        if image_size is None
+        else TrainTransform(
             image_size,
             scale=data["crop_scale"],
             flip=data["flip"],
@@ -61,7 +71,7 @@ def train_stream(
     return TrainStream(
         sources,
         transforms,
-        functools.partial(collate, tokenizer=tokenizer, max_text_tokens=cfg["text"]["max_tokens"]),
+        collate,
         contrastive_batch=batch.contrastive,
         seed=cfg["seed"],
         shuffle_window=data["shuffle_window"],
@@ -86,18 +96,12 @@ def train_loader(stream: TrainStream, cfg: Mapping[str, Any], cuda: bool) -> Dat
     )
 
 
-def validation_images(
-    cfg: Mapping[str, Any], source: Source, tokenizer: Any, image_size: int
-) -> tuple[EvalStream, Any]:
-    """The validation images, and the function that puts them into batches."""
-    images = EvalStream(
+def validation_images(cfg: Mapping[str, Any], source: Source, image_size: int | None) -> EvalStream:
+    """The validation images (`image_size` None: their captions alone)."""
+    return EvalStream(
         source,
-        EvalTransform(image_size),
+        None if image_size is None else EvalTransform(image_size),
         max_images=cfg["validation"]["max_images"],
         max_words=cfg["data"]["max_words"],
         prompt=cfg["data"]["prompt"],
     )
-    make = functools.partial(
-        collate_eval, tokenizer=tokenizer, max_text_tokens=cfg["text"]["max_tokens"]
-    )
-    return images, make

@@ -1,4 +1,4 @@
-"""The whole of a stage-1 training: resume or start, build, train."""
+"""The whole of a training, whatever its stage: resume or start, build, train."""
 
 import functools
 import logging
@@ -8,25 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.strategies import DDPStrategy
 
 from blip2_train import distributed
 from blip2_train.checkpoint import io
-from blip2_train.checkpoint.initial import init_from
 from blip2_train.config import BatchPlan, Launch, plan_batch
 from blip2_train.data.feeder import Feeder
+from blip2_train.distributed import World
+from blip2_train.errors import UserError
 from blip2_train.models.freezing import freeze_unreached
-from blip2_train.training.build import (
-    FROZEN_PREFIXES,
-    build_loss,
-    build_model,
-    build_tokenizer,
-    initialise_qformer,
-    log_parameters,
-    run_folder,
-)
+from blip2_train.training.build import log_parameters, run_folder
 from blip2_train.training.checkpointing import Checkpointing, load_trained
+from blip2_train.training.clip import ClipStage
 from blip2_train.training.devices import (
     check_devices,
     cluster_environment,
@@ -40,19 +35,30 @@ from blip2_train.training.feeding import (
     train_stream,
     validation_images,
 )
+from blip2_train.training.lm import LmStage
+from blip2_train.training.module import StageModule
 from blip2_train.training.monitor import Monitor
 from blip2_train.training.resume import (
     check_configuration,
     check_data,
-    check_tower,
+    check_frozen,
     find_checkpoint,
     new_state,
 )
 from blip2_train.training.run_log import MetricsCsv, SkippedLog, wandb_logger
-from blip2_train.training.stage1 import Stage1Module
+from blip2_train.training.stage import Stage
+from blip2_train.training.stage1 import Stage1
+from blip2_train.training.stage2 import Stage2
 from blip2_train.training.validation import Validation
 
 log = logging.getLogger(__name__)
+
+STAGES: dict[str, type[Stage]] = {
+    "stage1": Stage1,
+    "stage2": Stage2,
+    "clip": ClipStage,
+    "lm": LmStage,
+}
 
 logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)  # tips and advertisements
 # Lightning counts the frozen tower's modules and warns that they are in eval mode; they must be.
@@ -88,6 +94,7 @@ def fit(cfg: Mapping[str, Any], launch: Launch) -> Path:
     batch = plan_batch(cfg["batch"]["size"], cfg["batch"]["accumulate"], world.size)
 
     # 2. where the run stands
+    stage = STAGES[cfg["stage"]](cfg)
     folder = run_folder(cfg)
     path = on_rank_zero(functools.partial(find_checkpoint, cfg, folder), world)
     resume = io.load(path, checked=True) if path else None
@@ -97,18 +104,21 @@ def fit(cfg: Mapping[str, Any], launch: Launch) -> Path:
         log.info("run %s is finished: step %d of %s", folder, resume["step"], path)
         return folder
     sources, held_out = open_sources(cfg["data"]), open_validation(cfg)
-    tokenizer = build_tokenizer(cfg["text"])
-    state = new_state(cfg, sources, tokenizer, world.size)
+    state = new_state(cfg, sources, stage.tokenizers(), world.size)
     if resume is not None and path is not None:
         check_data(resume, state, path)
         state.go_on_from(resume)
 
     # 3. model, data, trainer
-    module = build_module(cfg, batch, tokenizer, resume, path)
-    vision = module.model.vision
-    state.frozen["vision"] = check_tower(vision, resume, path)
-    stream = train_stream(cfg, batch, sources, tokenizer, world, state.drawn, vision.image_size)
-    feeder = Feeder(train_loader(stream, cfg, cuda), cfg["text"]["bucket"], world)
+    fetch_once_per_machine(stage, launch, world)
+    model = stage.build_model(device=torch.device("cuda", launch.local_rank) if cuda else None)
+    frozen = on_rank_zero(functools.partial(stage.frozen_parts, model), world)
+    check_frozen(frozen, resume, path)
+    state.frozen |= frozen
+    module = build_module(cfg, stage, model, batch, resume, path)
+    image_size = stage.image_size(model)
+    stream = train_stream(cfg, batch, sources, stage.collate(), world, state.drawn, image_size)
+    feeder = Feeder(train_loader(stream, cfg, cuda), stage.text_bucket, world)
     folder.mkdir(parents=True, exist_ok=True)
     loggers: list[Logger] = []
     skipped = None
@@ -131,71 +141,75 @@ def fit(cfg: Mapping[str, Any], launch: Launch) -> Path:
         folder / "checkpoints",
         state,
         stream.drawn_after,
-        FROZEN_PREFIXES,
+        stage.frozen_prefixes,
         monitor.paused,
+        functools.partial(stage.export, model, folder),
         resume=resume,
         **cfg["checkpoint"],
     )
     callbacks: list[pl.Callback] = [monitor]  # in this order at the end of each step
     if held_out is not None:
-        images, collate = validation_images(cfg, held_out, tokenizer, vision.image_size)
+        images = validation_images(cfg, held_out, image_size)
         callbacks.append(
             Validation(
+                stage.build_evaluator(module, images),
                 images,
-                collate,
-                tokenizer,
+                stage.collate_eval(),
                 monitor,
                 checkpointing,
                 skipped,
                 folder / "samples",
                 cfg["validation"],
                 num_workers=cfg["data"]["num_workers"],
-                seed=cfg["seed"],
             )
         )
     callbacks.append(checkpointing)
     trainer = build_trainer(cfg, launch, environment, cuda, loggers, callbacks)
 
-    log.info("%s; each optimizer step compares %d samples at a time", batch, batch.contrastive)
+    log.info("%s", batch)
     trainer.fit(module, train_dataloaders=feeder)
     log.info("run %s is finished at step %d", folder, trainer.global_step)
     return folder
 
 
+def fetch_once_per_machine(stage: Stage, launch: Launch, world: World) -> None:
+    """One process of each machine downloads what the others then read from its cache.
+
+    Raises:
+        UserError: on all ranks, where one of them cannot be had.
+    """
+    problem = None
+    if launch.local_rank == 0:
+        try:
+            stage.download()
+        except UserError as error:
+            problem = str(error)
+    for found in distributed.gather_objects(problem, world):
+        if found is not None:
+            raise UserError(found)
+
+
 def build_module(
     cfg: Mapping[str, Any],
+    stage: Stage,
+    model: Any,
     batch: BatchPlan,
-    tokenizer: Any,
     resume: Mapping[str, Any] | None,
     path: Path | None,
-) -> Stage1Module:
-    """The Lightning module, its weights from the checkpoint, `init_from`, a BERT or at random."""
-    model = build_model(
-        cfg,
-        vocab_size=len(tokenizer),
-        dec_token_id=tokenizer.bos_token_id,
-        end_token_id=tokenizer.sep_token_id,
-    )
+) -> StageModule:
+    """The Lightning module, its weights from the checkpoint or as the stage begins."""
     if cfg["trainer"]["precision"] == "64-true":  # before weights are loaded, which would round
         model.double()
     if resume is not None:
         assert path is not None
-        load_trained(model, resume["model"], FROZEN_PREFIXES, path)
+        load_trained(model, resume["model"], stage.frozen_prefixes, path)
         log.info("continuing %s from step %d", path, resume["step"])
-    elif cfg["init_from"] is not None:
-        account = init_from(model, Path(cfg["init_from"]), FROZEN_PREFIXES)
-        log.info("init_from=%s: %s", cfg["init_from"], account)
     else:
-        initialise_qformer(model, cfg["qformer"]["init"])
-    module = Stage1Module(
-        model,
-        loss=build_loss(cfg["loss"]),
-        batch=batch,
-        seed=cfg["seed"],
-        optimizer=cfg["optimizer"],
-        schedule={**cfg["schedule"], "max_steps": cfg["trainer"]["max_steps"]},
-    )
-    if unreached := freeze_unreached(model, module.rehearsal_loss):
+        stage.initialise(model)
+    module = stage.build_module(model, batch)
+    with module.rehearsing():
+        unreached = freeze_unreached(model, module.rehearsal_loss)
+    if unreached:
         log.info("no loss reaches %d parameters, which are frozen: %s", len(unreached), unreached)
     log_parameters(model)
     return module

@@ -1,14 +1,13 @@
 """Running sums of a step's metrics, kept on the device and read every few steps."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from blip2_train import losses
 from blip2_train.distributed import World, all_reduce_sum
-from blip2_train.training.objectives import LossConfig
 
 ITM_COUNTS = ("match_right", "match", "no_match_right", "no_match", "no_negative")
 
@@ -17,12 +16,12 @@ class Meter:
     """Sums losses and matching counts without waiting for the device.
 
     Args:
-        config: the objectives; they decide what is summed, the same on every rank, also on one
-            that has added nothing.
+        parts: losses beside the total that are summed ("loss_itc", ...); the same on every rank,
+            also on one that has added nothing. With "loss_itm" matching is counted, too.
     """
 
-    def __init__(self, config: LossConfig) -> None:
-        on = [f"loss_{name}" for name, weight in config.weights.items() if weight]
+    def __init__(self, parts: Iterable[str]) -> None:
+        on = tuple(parts)
         self.losses = ("loss", *on)
         self.names = (*self.losses, "weight", *(ITM_COUNTS if "loss_itm" in on else ()))
         self.sums: Tensor | None = None
@@ -31,7 +30,7 @@ class Meter:
         """Adds one contrastive batch's results.
 
         Args:
-            out: from `stage1_step`.
+            out: of a step; `loss` and its parts, scalars.
             weight: of its losses in the mean.
         """
         values = {name: out[name].detach().double() * weight for name in self.losses}
@@ -80,43 +79,27 @@ def _matching_counts(out: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.sum().double() for name, value in zip(ITM_COUNTS, values, strict=True)}
 
 
-def chance_levels(config: LossConfig, contrastive: float, vocabulary: int) -> dict[str, float]:
-    """What each loss is for a model that learned nothing from its input, nats.
+class Level(NamedTuple):
+    """Between which values a loss moves, nats.
 
-    Args:
-        config: the objectives.
-        contrastive: samples that are compared with each other (N).
-        vocabulary: classes of captioning (V).
+    Attributes:
+        chance: of a model that learned nothing from its input.
+        floor: the lowest there is; above 0 where targets are smoothed.
     """
-    levels = {
-        "loss_itc": math.log(contrastive),
-        "loss_itm": losses.itm_prior(),
-        "loss_lm": math.log(vocabulary),
-    }
-    return {k: v for k, v in levels.items() if config.weights.get(k.removeprefix("loss_"))}
+
+    chance: float
+    floor: float
 
 
-def floors(config: LossConfig, contrastive: int, vocabulary: int) -> dict[str, float]:
-    """The lowest value each smoothed loss can reach, nats; arguments as in `chance_levels`."""
-    levels = {
-        "loss_itc": losses.smoothing_floor(contrastive, config.itc.smoothing),
-        "loss_itm": 0.0,
-        "loss_lm": losses.smoothing_floor(vocabulary, config.lm.smoothing),
-    }
-    return {k: v for k, v in levels.items() if config.weights.get(k.removeprefix("loss_"))}
-
-
-def describe_losses(
-    metrics: Mapping[str, float], chance: Mapping[str, float], floor: Mapping[str, float]
-) -> str:
+def describe_losses(metrics: Mapping[str, float], levels: Mapping[str, Level]) -> str:
     """One line: every loss beside its chance level and floor; says so where one sits at chance."""
     parts = []
-    for name, level in chance.items():
+    for name, level in levels.items():
         if name not in metrics:
             continue
-        note = f"chance {level:.4g}, floor {floor[name]:.3g}"
-        if abs(metrics[name] - level) < 0.01:
-            note = f"AT CHANCE {level:.4g}: nothing learned from the input yet"
+        note = f"chance {level.chance:.4g}, floor {level.floor:.3g}"
+        if abs(metrics[name] - level.chance) < 0.01:
+            note = f"AT CHANCE {level.chance:.4g}: nothing learned from the input yet"
         parts.append(f"{name.removeprefix('loss_')} {metrics[name]:.4f} ({note})")
     if "itm_accuracy" in metrics:
         parts.append(

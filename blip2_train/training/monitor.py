@@ -18,7 +18,7 @@ from blip2_train.data.feeder import Feeder
 from blip2_train.distributed import current_world, gather_objects
 from blip2_train.errors import UserError
 from blip2_train.training.checkpointing import rehearse
-from blip2_train.training.meter import chance_levels, describe_losses, floors
+from blip2_train.training.meter import describe_losses
 from blip2_train.training.run_log import SkippedLog
 
 log = logging.getLogger(__name__)
@@ -78,10 +78,7 @@ class Monitor(pl.Callback):
         """Rehearses a step, measures the device's ceiling and opens the progress bar."""
         self.flops_per_sample = rehearse(trainer, pl_module)
         self.ceiling = matmul_ceiling(pl_module.device, trainer.precision)
-        classes = pl_module.model.qformer.word_embeddings.num_embeddings
-        contrastive = pl_module.batch.contrastive
-        self.chance = chance_levels(pl_module.loss, contrastive, classes)
-        self.floor = floors(pl_module.loss, contrastive, classes)
+        self.levels = pl_module.levels(pl_module.batch.contrastive)
         if trainer.is_global_zero and sys.stderr.isatty():
             self.bar = tqdm(total=trainer.max_steps, initial=self.last_step, unit="step")
         self.restart_clock()
@@ -121,13 +118,14 @@ class Monitor(pl.Callback):
         rate = steps * batch.size / elapsed
         in_all, _, in_a_row = pl_module.skips.tolist()
         memory = _peak_memory_gb(pl_module.device)
+        watched = pl_module.watched()
         metrics |= {
             "samples_per_second": rate,
             "samples_per_second_per_device": rate / world.size,
             "data_wait_share": (self.feeder.wait_seconds - self.window_wait) / elapsed,
             "lr": pl_module.learning_rate(step - 1),
             "gradient_norm": float(pl_module.grad_norm),
-            "temp": pl_module.model.temp.item(),
+            **watched,
             "skipped_steps": in_all,
             "peak_memory_gb": max(gather_objects(memory, world)),
             "model_flops_utilisation": rate / world.size * self.flops_per_sample / self.ceiling,
@@ -135,7 +133,7 @@ class Monitor(pl.Callback):
         metrics |= self._count_skipped(step, steps * batch.size)
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step)
-        self._print(trainer, step, metrics)
+        self._print(trainer, step, metrics, watched)
         self.last_step = step
         self.restart_clock()
         self._stop_if_broken(in_a_row)
@@ -151,14 +149,21 @@ class Monitor(pl.Callback):
         self.totals["skipped"] += len(everything)
         return {"skipped_samples": self.totals["skipped"]}
 
-    def _print(self, trainer: pl.Trainer, step: int, metrics: dict[str, float]) -> None:
+    def _print(
+        self,
+        trainer: pl.Trainer,
+        step: int,
+        metrics: dict[str, float],
+        watched: dict[str, float],
+    ) -> None:
         if not trainer.is_global_zero:
             return
+        more = "".join(f"{name} {value:.4f}  " for name, value in watched.items())
         train = {k.removeprefix("train/"): v for k, v in metrics.items() if k.startswith("train/")}
         line = (
             f"step {step}/{trainer.max_steps}  loss {train['loss']:.4f}  "
-            f"{describe_losses(train, self.chance, self.floor)}  lr {metrics['lr']:.2e}  "
-            f"grad {metrics['gradient_norm']:.2f}  temp {metrics['temp']:.4f}  "
+            f"{describe_losses(train, self.levels)}  lr {metrics['lr']:.2e}  "
+            f"grad {metrics['gradient_norm']:.2f}  {more}"
             f"{metrics['samples_per_second']:.1f} samples/s  "
             f"data wait {metrics['data_wait_share']:.0%}  "
             f"mfu {metrics['model_flops_utilisation']:.1%}  "

@@ -72,6 +72,11 @@ class LossConfig:
     itc: ItcConfig = ItcConfig()
     lm: LmConfig = LmConfig()
 
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Names of the losses that are computed: "loss_itc", ..."""
+        return tuple(f"loss_{name}" for name in OBJECTIVES if self.weights[name])
+
 
 def stage1_step(
     model: Blip2Stage1,
@@ -276,21 +281,36 @@ def _match(
 
 
 def _normalise(out: dict[str, Tensor], on: list[str], normalise: str, world: World) -> None:
-    """Turns summed losses into means, over this rank's counts or over all ranks'.
-
-    DDP averages gradients over ranks, so with global counts a rank's share is scaled by their
-    number. ITC is a mean over B rows on every rank already.
-    """
+    """Turns summed losses into means; ITC is a mean over B rows on every rank already."""
     counts = {}
     if "itm" in on:
         counts["loss_itm"] = (1 + 2 * out["has_negative"]).sum()
     if "lm" in on:
         targets = out["lm_targets"]
         counts["loss_lm"] = torch.full((), len(targets), device=targets.device)
-    if not counts:
-        return
+    out |= mean_losses({name: out[name] for name in counts}, counts, normalise, world)
+
+
+def mean_losses(
+    sums: Mapping[str, Tensor], counts: Mapping[str, Tensor], normalise: str, world: World
+) -> dict[str, Tensor]:
+    """Summed losses over counts of this rank ("rank") or of all ranks ("global").
+
+    DDP averages gradients over ranks, so with global counts a rank's share is scaled by their
+    number.
+
+    Args:
+        sums: scalars.
+        counts: int64 scalars under the same names.
+        normalise: "global" or "rank".
+        world: the ranks.
+    """
+    if not sums:
+        return {}
     total, ranks = torch.stack(list(counts.values())), 1
     if normalise == "global":
         total, ranks = all_reduce_sum(total, world), world.size
-    for name, count in zip(counts, total.clamp(min=1), strict=True):
-        out[name] = out[name] * ranks / count
+    return {
+        name: sums[name] * ranks / count
+        for name, count in zip(counts, total.clamp(min=1), strict=True)
+    }

@@ -10,9 +10,9 @@ import yaml
 
 from blip2_train.checkpoint import io
 from blip2_train.config import flatten
+from blip2_train.data.language import tokenizer_digest
 from blip2_train.data.stream import Source
 from blip2_train.errors import UserError
-from blip2_train.models.vision import VisionTower
 from blip2_train.training.checkpointing import RunState
 
 log = logging.getLogger(__name__)
@@ -25,6 +25,9 @@ RESUME_FREE = (
     "batch.",
     "qformer.gradient_checkpointing",
     "qformer.init",
+    "init",
+    "language_model.gradient_checkpointing",
+    "image_encoder.gradient_checkpointing",
     "text.bucket",
     "trainer.accelerator",
     "trainer.devices",
@@ -36,13 +39,19 @@ RESUME_FREE = (
     # places, whose content the checkpoint identifies by a digest
     "vision.weights",
     "text.tokenizer",
+    "language_model.name",
+    "language_model.tokenizer",
+    "causal_lm.tokenizer",
     "data.validation.",
     "validation.",
     "checkpoint.",
     "wandb.",
 )
 # Never: another model, other data, other random numbers. That is another run.
-RESUME_REFUSED = ("kind", "seed", "data.", "text.", "vision.", "qformer.", "model.")
+RESUME_REFUSED = (
+    "stage", "kind", "seed", "data.", "text.", "vision.", "qformer.", "model.", "language_model.",
+    "image_encoder.", "text_encoder.", "causal_lm.",
+)  # fmt: skip
 
 
 def compare_for_resume(
@@ -146,25 +155,30 @@ def check_data(resume: Mapping[str, Any], state: RunState, path: Path) -> None:
             f"the shards are not those that {path} was trained on ({resume['data']} then, "
             f"{state.data} now); their order would differ: give the run a new run.name"
         )
-    if resume["frozen"]["tokenizer"] != state.frozen["tokenizer"]:
-        raise UserError(f"text.tokenizer is not the one that {path} was trained with")
+    for name, identity in state.frozen.items():
+        if resume["frozen"].get(name) != identity:
+            raise UserError(f"the {name} is not the one that {path} was trained with")
 
 
 def new_state(
-    cfg: Mapping[str, Any], sources: list[Source], tokenizer: Any, world_size: int
+    cfg: Mapping[str, Any], sources: list[Source], tokenizers: Mapping[str, Any], world_size: int
 ) -> RunState:
-    """A run's state at step 0."""
+    """A run's state at step 0.
+
+    Args:
+        cfg: resolved configuration.
+        sources: of the data.
+        tokenizers: {what they are called in messages: tokenizer}.
+        world_size: number of processes.
+    """
     given = cfg["resume"]["from"]
     origin = given if given not in ("auto", "never") else ""
-    vocabulary = sorted(tokenizer.get_vocab().items())
     return RunState(
         drawn={source.name: 0 for source in sources},
         config=yaml.safe_dump(dict(cfg), sort_keys=False),
         origin=origin,
         world_size=world_size,
-        frozen={
-            "tokenizer": {"digest": hashlib.sha256(repr(vocabulary).encode()).hexdigest()},
-        },
+        frozen={name: {"digest": tokenizer_digest(t)} for name, t in tokenizers.items()},
         data={
             source.name: {
                 "samples": sum(info.samples for info in source.shards),
@@ -177,20 +191,23 @@ def new_state(
     )
 
 
-def check_tower(
-    vision: VisionTower, resume: Mapping[str, Any] | None, path: Path | None
-) -> dict[str, str]:
-    """Identity of the image tower, which checkpoints hold in place of its weights.
+def check_frozen(
+    parts: Mapping[str, Mapping[str, str]], resume: Mapping[str, Any] | None, path: Path | None
+) -> None:
+    """Compares the frozen parts' identities with the checkpoint's.
+
+    Args:
+        parts: {part: {"name", "weights", "digest"}}.
+        resume: content of the checkpoint, None for a new run.
+        path: of the checkpoint.
 
     Raises:
-        UserError: the checkpoint was trained on another tower.
+        UserError: one has other weights.
     """
-    identity = {"name": vision.name, "weights": vision.weights, "digest": vision.digest()}
-    if resume is not None:
-        saved = resume["frozen"]["vision"]
+    for part, identity in parts.items():
+        saved = resume["frozen"][part] if resume is not None else identity
         if saved["digest"] != identity["digest"]:
             raise UserError(
-                f"the image tower {vision.name} has other weights than the one that {path} was "
-                f"trained with ({saved['name']}, {saved['weights']}); set vision.* as it was"
+                f"{part} ({identity['name']}) has other weights than the one that {path} was "
+                f"trained with ({saved['name']}, {saved['weights']}); set {part}.* as it was"
             )
-    return identity

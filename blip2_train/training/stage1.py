@@ -1,145 +1,208 @@
-"""The Lightning module of stage 1."""
+"""Stage 1: frozen tower -> Q-Former -> contrast, matching, captioning (BLIP-2, section 3.2)."""
 
+import functools
+import logging
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
+from blip2_train import losses
+from blip2_train.checkpoint.initial import init_from
 from blip2_train.config import BatchPlan
+from blip2_train.data.batch import collate, collate_eval
+from blip2_train.data.stream import EvalStream
 from blip2_train.distributed import World, current_world
 from blip2_train.models.stage1 import Blip2Stage1
-from blip2_train.seeding import stable_hash
-from blip2_train.training.meter import Meter
-from blip2_train.training.objectives import LossConfig, draw_uniform, stage1_step
-from blip2_train.training.optimizer import learning_rate, parameter_groups
+from blip2_train.training.build import (
+    build_text_tokenizer,
+    initialise_qformer,
+    instantiate_group,
+    made_up_text,
+    seed_weights,
+    tower_bytes,
+    tower_identity,
+    traced_tower,
+)
+from blip2_train.training.meter import Level, Meter
+from blip2_train.training.module import StageModule
+from blip2_train.training.objectives import (
+    ItcConfig,
+    LmConfig,
+    LossConfig,
+    draw_uniform,
+    stage1_step,
+)
+from blip2_train.training.stage import Stage
+from blip2_train.training.validation_stage1 import Stage1Evaluator
+
+log = logging.getLogger(__name__)
 
 TEMP_RANGE = (0.001, 0.5)
 
 
-class Stage1Module(pl.LightningModule):
-    """Stage-1 training: frozen tower -> Q-Former -> ITC, ITM and captioning.
+class Stage1Module(StageModule):
+    """The step of stage 1.
 
     Args:
         model: with its frozen parts frozen.
         loss: the objectives.
-        batch: how the global batch is cut.
-        seed: of negatives and dropout.
-        optimizer: `lr`, `betas`, `eps`, `weight_decay`, `grad_clip` (largest norm or None).
-        schedule: arguments of `learning_rate` but `step` and `lr`.
+        common: see `StageModule`.
     """
 
-    def __init__(
-        self,
-        model: Blip2Stage1,
-        *,
-        loss: LossConfig,
-        batch: BatchPlan,
-        seed: int,
-        optimizer: Mapping[str, Any],
-        schedule: Mapping[str, Any],
-    ) -> None:
-        super().__init__()
-        self.model = model
+    def __init__(self, model: Blip2Stage1, *, loss: LossConfig, **common: Any) -> None:
+        super().__init__(model, meter=Meter(loss.parts), **common)
         self.loss = loss
-        self.batch = batch
-        self.seed = seed
-        self.optimizer = optimizer
-        self.schedule = schedule
-        self.meter = Meter(loss)
-        # DDP neither broadcasts nor watches what is frozen; it reads this name
-        frozen = [*model.vision.named_parameters(), *model.vision.named_buffers()]
-        self._ddp_params_and_buffers_to_ignore = [f"model.vision.{name}" for name, _ in frozen]
-        # steps skipped for a non-finite gradient: in all, in a row now, in a row at most
-        self.skips = torch.zeros(3, dtype=torch.int64)
 
-    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        """Loss of one contrastive batch (one of `batch.accumulate` in an optimizer step)."""
-        world, step = current_world(), self.trainer.global_step
-        part = batch_idx % self.batch.accumulate
-        # seeded by the step: a resumed run needs no stored generator
-        torch.manual_seed(stable_hash("dropout", self.seed, step, part, world.rank))
+    def step(self, batch: dict[str, Any], step: int, part: int, world: World) -> dict[str, Tensor]:
+        """Losses of one contrastive batch."""
         image_embeds = self.model.vision(batch["image"])
-        samples = len(batch["image_id"])
-        uniform = draw_uniform(self.seed, step, part, samples, world)
-        out = stage1_step(self.model, image_embeds, batch, self.loss, uniform=uniform, world=world)
-        self.meter.add(out)
-        return out["loss"]
+        uniform = draw_uniform(self.seed, step, part, len(batch["image_id"]), world)
+        return stage1_step(self.model, image_embeds, batch, self.loss, uniform=uniform, world=world)
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        """AdamW on what is trained, fused on CPU and GPU alike."""
-        groups = parameter_groups(self.model, self.optimizer["weight_decay"])
-        return torch.optim.AdamW(
-            groups,
-            lr=self.optimizer["lr"],
-            betas=tuple(self.optimizer["betas"]),
-            eps=self.optimizer["eps"],
-            fused=True,
-        )
+    def after_step(self) -> None:
+        """Keeps the temperature in its range."""
+        self.model.temp.clamp_(*TEMP_RANGE)
 
-    def learning_rate(self, step: int) -> float:
-        """Of an optimizer step, counted from 0."""
-        return learning_rate(step, lr=self.optimizer["lr"], **self.schedule)
+    def watched(self) -> dict[str, float]:
+        """The temperature."""
+        return {"temp": self.model.temp.item()}
 
-    def configure_gradient_clipping(
-        self, optimizer: torch.optim.Optimizer, *_: Any, **__: Any
-    ) -> None:
-        """Measures the gradient, clips it, and has a non-finite step skipped on the device.
-
-        DDP has averaged the gradients, so all ranks decide alike; the fused optimizer leaves
-        weights and its own state alone where `found_inf` is set. Nothing waits for the device.
-        """
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        if self.optimizer["grad_clip"] is not None:
-            torch.nn.utils.clip_grads_with_norm_(parameters, self.optimizer["grad_clip"], norm)
-        bad = ~norm.isfinite()
-        optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
-        skips = self.skips.to(norm.device)
-        in_a_row = (skips[1] + 1) * bad
-        self.skips = torch.stack([skips[0] + bad, in_a_row, torch.maximum(skips[2], in_a_row)])
-        self.grad_norm = norm.detach()
-
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Sets the step's learning rate before, and keeps the temperature in its range after."""
-        rate = self.learning_rate(self.trainer.global_step)
-        for group in self.trainer.optimizers[0].param_groups:
-            group["lr"] = rate
-        super().optimizer_step(*args, **kwargs)
-        with torch.no_grad():
-            self.model.temp.clamp_(*TEMP_RANGE)
-
-    def rehearsal_batch(self, image_tokens: bool = True) -> dict[str, Any]:
-        """A made-up batch of two samples that reaches every parameter that training reaches.
-
-        Args:
-            image_tokens: with images; otherwise the text side alone.
-        """
-        length = 16
-        generator = torch.Generator().manual_seed(0)
-        ids = torch.randint(0, 100, (2, length), generator=generator)
-        ids %= self.model.qformer.word_embeddings.num_embeddings
-        rank = current_world().rank
-        batch = {
-            "input_ids": ids,
-            "attention_mask": torch.ones_like(ids),
-            "image_id": torch.arange(2) + 2 * rank,
-            "lm_index": torch.cat([torch.arange(length - 1), torch.arange(length - 1) + length]),
-            "text_length": length,
+    def levels(self, contrastive: float) -> dict[str, Level]:
+        """Chance and floor of each loss."""
+        words = self.model.qformer.word_embeddings.num_embeddings
+        known = {
+            "loss_itc": losses.choice_levels(contrastive, self.loss.itc.smoothing),
+            "loss_itm": (losses.itm_prior(), 0.0),
+            "loss_lm": losses.choice_levels(words, self.loss.lm.smoothing),
         }
-        if image_tokens:
-            size = self.model.vision.image_size
-            batch["image"] = torch.zeros(2, 3, size, size, dtype=torch.uint8)
-        return batch
+        return {name: Level(*known[name]) for name in self.loss.parts}
+
+    def rehearsal_batch(self) -> dict[str, Any]:
+        """Two blank images with random text."""
+        size = self.model.vision.image_size
+        image = torch.zeros(2, 3, size, size, dtype=torch.uint8)
+        words = self.model.qformer.word_embeddings.num_embeddings
+        return {"image": image, **made_up_text(words, rank=current_world().rank)}
 
     def rehearsal_loss(self) -> Tensor:
-        """Loss of a tiny made-up batch on this process alone, from made-up image tokens."""
+        """Loss from made-up image tokens."""
         parameter = next(self.model.qformer.parameters())
         tokens = torch.randn(2, 3, self.model.vision.width).to(parameter)
-        batch = self.rehearsal_batch(image_tokens=False)
-        uniform = torch.full((2, 2), 0.5, dtype=torch.float64)
-        return stage1_step(self.model, tokens, batch, self.loss, uniform=uniform, world=World())[
-            "loss"
-        ]
+        batch = made_up_text(self.model.qformer.word_embeddings.num_embeddings)
+        return made_up_step(self.model, tokens, batch, self.loss)
+
+
+class Stage1(Stage):
+    """The parts of stage 1."""
+
+    frozen_prefixes = ("vision.",)
+
+    def __init__(self, cfg: Mapping[str, Any]) -> None:
+        super().__init__(cfg)
+        self.text_bucket = cfg["text"]["bucket"]
+
+    @functools.cached_property
+    def tokenizer(self) -> Any:
+        """The Q-Former's."""
+        return build_text_tokenizer(self.cfg["text"])
+
+    def tokenizers(self) -> dict[str, Any]:
+        """The Q-Former's."""
+        return {"tokenizer": self.tokenizer}
+
+    def build_model(
+        self, *, shapes_only: bool = False, device: torch.device | None = None
+    ) -> Blip2Stage1:
+        """Image tower, Q-Former and heads."""
+        vision_settings, words = dict(self.cfg["vision"]), self.cfg["text"]["vocab_size"]
+        if words is None or not shapes_only:
+            words = len(self.tokenizer) - 1
+        if shapes_only:
+            vision_settings["weights"] = "random"
+        vision = instantiate_group("vision", vision_settings)
+        settings = {k: v for k, v in self.cfg["qformer"].items() if k != "init"}
+        seed_weights(self.cfg["seed"])
+        qformer = instantiate_group(
+            "qformer", settings, vocab_size=words + 1, vision_width=vision.width
+        )
+        return Blip2Stage1(
+            vision,
+            qformer,
+            dec_token_id=words,
+            end_token_id=0 if shapes_only else self.tokenizer.sep_token_id,
+            **self.cfg["model"],
+        )
+
+    def initialise(self, model: Blip2Stage1) -> None:
+        """From `init_from`, or as `qformer.init` says."""
+        if self.cfg["init_from"] is not None:
+            account = init_from(model, Path(self.cfg["init_from"]), self.frozen_prefixes)
+            log.info("init_from=%s: %s", self.cfg["init_from"], account)
+        else:
+            initialise_qformer(model.qformer, self.cfg["qformer"]["init"])
+
+    def frozen_parts(self, model: Blip2Stage1) -> dict[str, dict[str, str]]:
+        """The image tower."""
+        return {"vision": tower_identity(model.vision)}
+
+    def build_module(self, model: Blip2Stage1, batch: BatchPlan) -> Stage1Module:
+        """The Lightning module."""
+        return Stage1Module(model, loss=self._loss(), **self.common(batch))
+
+    def collate(self) -> Any:
+        """Puts training batches together."""
+        return functools.partial(
+            collate, tokenizer=self.tokenizer, max_text_tokens=self.cfg["text"]["max_tokens"]
+        )
+
+    def collate_eval(self) -> Any:
+        """Puts evaluation batches together."""
+        return functools.partial(
+            collate_eval, tokenizer=self.tokenizer, max_text_tokens=self.cfg["text"]["max_tokens"]
+        )
+
+    def build_evaluator(self, module: StageModule, images: EvalStream) -> Stage1Evaluator:
+        """Losses, retrieval, grounding."""
+        return Stage1Evaluator(
+            module,
+            self._loss(),
+            images,
+            self.tokenizer,
+            self.cfg["validation"],
+            self.cfg["seed"],
+        )
+
+    def traced_loss(self, model: Blip2Stage1, samples: int, *, whole: bool) -> Tensor:
+        """Loss of fake tensors."""
+        patches = model.vision.num_tokens if whole else 3
+        words = model.qformer.word_embeddings.num_embeddings
+        embeds = torch.zeros(samples, patches, model.vision.width)
+        return made_up_step(model, embeds, made_up_text(words, samples), self._loss())
+
+    def traced_tower(self, model: Blip2Stage1, samples: int) -> None:
+        """Runs the tower on fake images."""
+        traced_tower(model.vision, samples)
+
+    def tower_bytes(self, model: Blip2Stage1) -> int:
+        """Of the image tower."""
+        return tower_bytes(model.vision)
+
+    def _loss(self) -> LossConfig:
+        settings = self.cfg["loss"]
+        return LossConfig(
+            weights=settings["weights"],
+            normalise=settings["normalise"],
+            itc=ItcConfig(**settings["itc"]),
+            lm=LmConfig(**settings["lm"]),
+        )
+
+
+def made_up_step(
+    model: Blip2Stage1, image_embeds: Tensor, batch: dict[str, Any], loss: LossConfig
+) -> Tensor:
+    """Total loss of a made-up batch on this process alone."""
+    uniform = torch.full((2, len(image_embeds)), 0.5, dtype=torch.float64)
+    return stage1_step(model, image_embeds, batch, loss, uniform=uniform, world=World())["loss"]

@@ -60,14 +60,14 @@ def test_a_lavis_file(tmp_path: Path, wrapped: bool) -> None:
     account = init_from(model, path, FROZEN)
     assert_equal_but_tower(model, source)
     assert model.vision.tower.weight.equal(tower)
-    assert account.missing == [] and account.unexpected == ["opt_proj.weight"]
+    assert account.missing == [] and account.unexpected == ["lm_proj.weight"]
     everything = len(account.loaded) + len(account.dropped) + len(account.unexpected)
     assert everything == len(state)
     assert "frozen" in account.dropped["vision.tower.blocks.0.weight"]
     assert "tied" in account.dropped["Qformer.cls.predictions.decoder.weight"]
     text = str(account)
     assert "dropped: Qformer.bert.embeddings.position_ids" in text
-    assert "unexpected: opt_proj.weight" in text and text.startswith(f"{len(account.loaded)} ")
+    assert "unexpected: lm_proj.weight" in text and text.startswith(f"{len(account.loaded)} ")
 
 
 def test_one_of_ours(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 Proven: renaming there and back is the identity for every weight of a model, one to one; names that
 no rule covers are listed, also those that only begin like one; repeated weights are dropped by name
-and must equal what they repeat.
+and must equal what they repeat; stage 2's projection and language model have a name per family.
 """
 
 import pytest
@@ -57,7 +57,8 @@ def test_every_key_is_accounted_for(foreign: dict[str, torch.Tensor]) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        "opt_proj.weight",
+        "llm_proj.weight",
+        "opt_projection.weight",
         "temperature",  # begins like "temp"
         "query_tokens_extra",
         "Qformer.bert.encoder.layer.0.attention.self.distance_embedding.weight",
@@ -72,9 +73,21 @@ def test_unknown_names_are_listed(foreign: dict[str, torch.Tensor], name: str) -
 
 
 def test_names_that_lavis_lacks_are_an_error() -> None:
-    for name in ("lm_proj.weight", "qformer.layers.0.self_attention.nothing.weight", "temp2"):
+    for name in (
+        "language_model.weight",
+        "qformer.layers.0.self_attention.nothing.weight",
+        "temp2",
+    ):
         with pytest.raises(KeyError):
             to_lavis_name(name)
+
+
+@pytest.mark.parametrize("family", ["opt", "t5"])
+def test_stage2_has_names_per_family(family: str) -> None:
+    ours = ["lm_proj.weight", "language_model.lm.lm_head.weight", "qformer.query_tokens"]
+    theirs = [to_lavis_name(name, family) for name in ours]
+    assert theirs == [f"{family}_proj.weight", f"{family}_model.lm_head.weight", "query_tokens"]
+    assert [from_lavis_name(name) for name in theirs] == ours
 
 
 @pytest.mark.parametrize("kind", ["weight", "bias"])

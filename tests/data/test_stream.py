@@ -3,6 +3,8 @@
 - the sequence of global batches (keys, texts, pixels) does not depend on ranks and workers
 - it continues after any number of micro-batches, with other ranks and workers, from the counts
 - it is the order of `order.py`: each epoch every sample once, sources by weight
+- each sample carries all its captions and a random number of its own
+- without transforms no image is decoded
 - unusable samples are replaced by the next usable one in stored order, everywhere alike, and named
 - I/O errors are retried, then stop the run; they never replace a sample
 - evaluation gives every image with all its captions in stored order
@@ -29,6 +31,7 @@ from blip2_train.data.stream import EvalStream, ShardPool, TrainStream, open_sou
 from blip2_train.data.text import load_text_tokenizer
 from blip2_train.data.transforms import EvalTransform, TrainTransform
 from blip2_train.errors import UserError
+from blip2_train.seeding import stable_hash
 
 C = 12  # contrastive batch: divides by 1, 2 and 3 ranks
 T = 8
@@ -289,6 +292,63 @@ def plain_resize(image: Image.Image, generator: torch.Generator) -> torch.Tensor
     return EvalTransform(8)(image)
 
 
+# What a sample carries.
+
+
+def as_list(samples, skipped):
+    return {"samples": samples, "keys": [sample.key for sample in samples], "skipped": skipped}
+
+
+def test_a_sample_has_all_captions_beginning_with_the_chosen_one(sources, make):
+    firsts = set()
+    for batch in batches(make(sources=sources[1:], collate=as_list, prompt="one "), 5):
+        for sample in batch["samples"]:
+            n = int(sample.key[-3:])
+            stored = [f"caption {c} of two {n}" for c in range(1 + n % 3)]
+            choice = stored.index(sample.captions[0])
+            assert sample.captions == stored[choice:] + stored[:choice]
+            assert sample.text == "one " + sample.captions[0]
+            firsts.add((n, choice))
+    assert len(firsts) > 14  # of 19
+
+
+def test_its_number_is_drawn_after_caption_and_crop(sources, make):
+    """So that runs from before there was this number see the same captions and crops."""
+    found = []
+    for sample in batches(make(sources=sources[1:], collate=as_list), 1)[0]["samples"][:10]:
+        source, shard, key = sample.key.split("/")
+        generator = torch.Generator()
+        generator.manual_seed(stable_hash(5, 0, source, shard, key))
+        choice = int(torch.randint(1 + int(key[1:]) % 3, (1,), generator=generator))
+        assert sample.captions[0].startswith(f"caption {choice} ")
+        picture = Image.open(io.BytesIO(jpeg(int(key[1:])))).convert("RGB")
+        assert torch.equal(sample.image, TrainTransform(8)(picture, generator))
+        assert sample.uniform == torch.rand(1, generator=generator).item()
+        found.append(sample.uniform)
+    assert len(set(found)) == len(found) == 10 and 0 <= min(found) < max(found) < 1
+
+
+def test_without_transforms_no_image_is_decoded(sources, make, monkeypatch):
+    def decoded(*arguments):
+        raise AssertionError("an image was decoded")
+
+    monkeypatch.setattr(stream_module, "load_rgb", decoded)
+    stream = make(sources=sources[:1], transforms={"one": None}, collate=as_list)
+    found = batches(stream, 5)
+    images = [sample.image for batch in found for sample in batch["samples"]]
+    assert {(image.shape, image.dtype) for image in images} == {((0,), torch.uint8)}
+    keys = {key[-4:] for batch in found for key in batch["keys"]}
+    assert {"k003", "k004"} <= keys  # whose images are broken
+    skipped = {skip["key"] for batch in found for skip in batch["skipped"]}
+    assert skipped == {"k010", "k018"}  # whose captions are
+
+
+def test_one_source_may_be_text_alone(make):
+    transforms = {"one": None, "two": TrainTransform(8)}
+    for sample in batches(make(transforms=transforms, collate=as_list), 1)[0]["samples"]:
+        assert sample.image.shape == ((0,) if sample.key.startswith("one/") else (3, 8, 8))
+
+
 # Samples that cannot be used.
 
 
@@ -476,6 +536,14 @@ def test_evaluation_ids_join_samples_of_one_image(sources):
     assert [item.image_id for item in items] == [
         sample_id("two", "any", "any", n // 2) for n in range(10)
     ]
+
+
+def test_evaluation_without_a_transform_decodes_no_image(sources):
+    data = EvalStream(sources[0], None)
+    items = [data[i] for i in range(len(data))]
+    usable = [item for item in items if isinstance(item, EvalSample)]
+    assert len(usable) == 23
+    assert {(item.image.shape, item.image.dtype) for item in usable} == {((0,), torch.uint8)}
 
 
 @pytest.mark.parametrize(

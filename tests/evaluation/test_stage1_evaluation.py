@@ -11,7 +11,8 @@ from ranks import run_ranks
 from tiny import PATCHES, TEXT, VOCAB, WIDTH, tiny_model
 
 from blip2_train.distributed import World, current_world
-from blip2_train.evaluation.stage1 import Retrieval, encode, first_captions, own_batches, retrieve
+from blip2_train.evaluation.retrieval import own_batches
+from blip2_train.evaluation.stage1 import Retrieval, encode, first_captions, retrieve
 
 IMAGES, SIZE = 11, 2  # six batches, the last one short
 

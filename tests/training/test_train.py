@@ -8,11 +8,8 @@ validation do not depend on the number of processes; a non-finite gradient skips
 ends with one sentence and exit code 2.
 """
 
-import csv
 import json
-import os
 import shutil
-import signal
 import subprocess
 import time
 from pathlib import Path
@@ -20,19 +17,18 @@ from typing import Any
 
 import pytest
 import torch
+from runs import (
+    assert_equal_states,
+    assert_same_end,
+    kill_in_the_middle,
+    last_checkpoint,
+    one_thread,
+    rows,
+)
 from tiny import command, run_command, tiny_run, train_in_process
 
 from blip2_train.checkpoint import io
 from blip2_train.prepare import main as prepare
-
-
-@pytest.fixture(scope="session")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """120 rendered scenes of 32 pixels, and a tokenizer trained on their captions."""
-    folder = tmp_path_factory.mktemp("shards") / "synthetic"
-    options = "--samples 120 --size 32 --samples-per-shard 40 --workers 1 --tokenizer 160"
-    prepare(["synthetic", "--out", str(folder), *options.split()])
-    return folder
 
 
 @pytest.fixture(scope="session")
@@ -42,73 +38,6 @@ def undisturbed(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = run_command(tiny_run(shards, runs, "whole", **{"data.num_workers": 2}), env=one_thread())
     assert done.returncode == 0, done.stderr
     return runs / "whole"
-
-
-def one_thread() -> dict[str, str]:
-    return os.environ | {"OMP_NUM_THREADS": "1"}
-
-
-def last_checkpoint(run: Path) -> dict[str, Any]:
-    path = io.newest_valid(run / "checkpoints")
-    assert path is not None
-    return io.load(path)
-
-
-def rows(run: Path, *, without_speed: bool = True) -> list[dict[str, str]]:
-    speed = ("samples_per_second", "data_wait", "peak_memory", "model_flops")
-    with (run / "metrics.csv").open() as file:
-        return [
-            {k: v for k, v in row.items() if not (without_speed and k.startswith(speed))}
-            for row in csv.DictReader(file)
-        ]
-
-
-def assert_equal_states(ours: Any, theirs: Any, where: str = "") -> None:
-    """Bit for bit."""
-    assert type(ours) is type(theirs), where
-    if isinstance(ours, dict):
-        assert ours.keys() == theirs.keys(), where
-        for key, value in ours.items():
-            assert_equal_states(value, theirs[key], f"{where}.{key}")
-    elif isinstance(ours, list):
-        assert len(ours) == len(theirs), where
-        for number, (a, b) in enumerate(zip(ours, theirs, strict=True)):
-            assert_equal_states(a, b, f"{where}[{number}]")
-    elif isinstance(ours, torch.Tensor):
-        assert ours.equal(theirs), f"{where} differs by {(ours - theirs).abs().max()}"
-    else:
-        assert ours == theirs, where
-
-
-def assert_same_end(ours: Path, theirs: Path) -> None:
-    a, b = last_checkpoint(ours), last_checkpoint(theirs)
-    for key in ("step", "drawn", "scores", "model", "optimizer"):
-        assert_equal_states(a[key], b[key], key)
-    assert rows(ours) == rows(theirs)
-
-
-def kill_in_the_middle(overrides: list[str], run: Path, processes: int) -> None:
-    """Starts the command and kills it, children and all, once a checkpoint was followed by more."""
-    process = subprocess.Popen(
-        command(overrides, processes),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=one_thread(),
-        start_new_session=True,
-    )
-    assert process.stdout is not None
-    lines = []
-    for line in process.stdout:
-        lines.append(line)
-        if "step 6/" in line and (run / "checkpoints").exists():
-            break
-    else:
-        raise AssertionError("".join(lines))
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    process.stdout.close()
-    assert max(io.steps(run / "checkpoints")) < 12
 
 
 def test_killed_and_continued_is_bit_for_bit_undisturbed(

@@ -1,0 +1,419 @@
+"""The frozen language model: any decoder-only or encoder-decoder model of transformers.
+
+It reads embeddings, so that projected queries can stand where token embeddings would.
+
+Shapes:
+    B  rows          T  positions of the input      S  positions of the decoder's input
+    Dl width of its token embeddings                V  vocabulary
+    M  positions whose logits are wanted
+"""
+
+import functools
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from blip2_train.errors import UserError
+from blip2_train.models import lm_weights
+from blip2_train.models.freezing import Frozen
+from blip2_train.models.lm_weights import download, random_model
+
+__all__ = ["LanguageModel", "download", "random_model", "target_logits"]
+
+log = logging.getLogger(__name__)
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class LanguageModel(Frozen):
+    """A language model as a frozen function of embeddings, with gradients to its input.
+
+    On the meta device nothing is drawn or loaded, and where `config` is given nothing is read.
+
+    Args:
+        name: folder of a model (config.json, safetensors), or an id of the Hugging Face hub, with
+            "@revision" where wanted; None where `config` says all.
+        config: "model_type" and what deviates from that type's defaults. Random weights are built
+            from it; with pretrained ones it documents their sizes and is checked against them.
+        weights: "pretrained" or "random" (drawn from `seed`).
+        dtype: "bfloat16", "float16" or "float32", of weights that are not quantized and of
+            activations.
+        quantization: None, "torchao_int8", "torchao_int4", "bitsandbytes_int8" or
+            "bitsandbytes_nf4": how the weights of linear layers are stored.
+        gradient_checkpointing: recompute each block in the backward pass instead of keeping its
+            activations. Losses and gradients stay the same.
+        seed: of the random weights: they are not in checkpoints, so each start draws them again.
+        device: where weights are loaded to, without a copy on the host if `accelerate` is there.
+
+    Attributes:
+        lm: the model of transformers.
+        is_encoder_decoder: whether the input goes to an encoder, and a decoder predicts.
+        width: of token embeddings (Dl).
+        vocab_size: columns of the logits (V).
+        max_positions: longest input, where the model has a limit.
+        decoder_start_token_id: stands in front of what the decoder predicts.
+
+    Raises:
+        UserError: the model or the weights cannot be had, or not in this dtype or quantization.
+    """
+
+    def __init__(
+        self,
+        name: str | None = None,
+        *,
+        config: Mapping[str, Any] | None = None,
+        weights: str = "pretrained",
+        dtype: str = "bfloat16",
+        quantization: str | None = None,
+        gradient_checkpointing: bool = False,
+        seed: int = 0,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        _check_choice("weights", weights, ["pretrained", "random"])
+        _check_choice("dtype", dtype, list(DTYPES))
+        _check_choice("quantization", quantization, [None, *lm_weights.QUANTIZATIONS])
+        if name is None and (config is None or weights == "pretrained"):
+            raise UserError(
+                "language_model.name is missing: give a folder or a hub id, or a "
+                "language_model.config with language_model.weights=random"
+            )
+        if quantization is not None:
+            lm_weights.check_packages(quantization)
+        self.name: str = name if name is not None else str((config or {}).get("model_type"))
+        self.weights = weights
+        self.quantization = quantization
+        self._folder: Path | None = None
+        self._digest = ""
+        target = None if device is None else torch.device(device)
+        if lm_weights.on_meta() or weights == "random":
+            self.lm = self._build(config, DTYPES[dtype], seed, target)
+        else:
+            self.lm = self._load(config, DTYPES[dtype], target)
+
+        settings = self.lm.config
+        self.is_encoder_decoder: bool = settings.is_encoder_decoder
+        self.width: int = self._table.embedding_dim
+        head = self.lm.get_output_embeddings()
+        self.vocab_size: int = getattr(head, "out_features", settings.vocab_size)
+        self.max_positions: int | None = getattr(settings, "max_position_embeddings", None)
+        self.decoder_start_token_id = _decoder_start(self.lm)
+        self.lm.generation_config = GenerationConfig()  # what a model's authors like is no default
+        self.freeze()
+        if quantization == "torchao_int4":
+            _let_gradients_through(self.lm)
+        if gradient_checkpointing:
+            _checkpoint_blocks(self.lm)
+        self._rows_only = True
+        if not lm_weights.on_meta():
+            self._rows_only = self._head_takes_rows()
+
+    def _build(
+        self,
+        config: Mapping[str, Any] | None,
+        dtype: torch.dtype,
+        seed: int,
+        device: torch.device | None,
+    ) -> PreTrainedModel:
+        if config is not None:
+            settings = lm_weights.parse_config(config)
+        else:
+            settings = lm_weights.published_config(self.name)
+        lm_weights.check_dtype(settings, dtype, device)
+        lm = random_model(settings, seed)
+        if lm_weights.on_meta():
+            lm_weights.cast(lm, dtype)
+            return lm
+        self._digest = lm_weights.state_digest(lm.state_dict())  # before any rounding
+        if self.quantization is not None:
+            return lm_weights.quantize(
+                self.name, lm, dtype=dtype, quantization=self.quantization, device=device
+            )
+        lm_weights.cast(lm, dtype)
+        return lm if device is None else nn.Module.to(lm, device)
+
+    def _load(
+        self, config: Mapping[str, Any] | None, dtype: torch.dtype, device: torch.device | None
+    ) -> PreTrainedModel:
+        self._folder = lm_weights.download(self.name)
+        published = lm_weights.published_config(self.name, self._folder)
+        if config is not None:
+            lm_weights.check_config(self.name, config, published)
+        lm_weights.check_dtype(published, dtype, device)
+        return lm_weights.load_model(
+            self.name, self._folder, dtype=dtype, quantization=self.quantization, device=device
+        )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the activations."""
+        return self._table.weight.dtype
+
+    @property
+    def _table(self) -> nn.Embedding:
+        return self.lm.get_input_embeddings()  # type: ignore[return-value]
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Token embeddings as the model's first layer takes them: [...] ids -> [..., Dl]."""
+        return self._table(ids)
+
+    def logits(
+        self,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor,
+        index: Tensor,
+        *,
+        decoder_input_ids: Tensor | None = None,
+        decoder_attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Logits at some positions; the large product with the word table is made for them alone.
+
+        Computed in the model's dtype, outside autocast; the gradient reaches `inputs_embeds`.
+
+        Args:
+            inputs_embeds: [B, T, Dl]; of a decoder-only model, padded on the right.
+            attention_mask: int64 [B, T], 1 = visible.
+            index: int64 [M], positions b * T + t, or b * S + s of an encoder-decoder.
+            decoder_input_ids: int64 [B, S] of an encoder-decoder.
+            decoder_attention_mask: int64 [B, S].
+
+        Returns:
+            [M, V]: what stands after position t (s) according to the model.
+        """
+        inputs: dict[str, Any] = {
+            "inputs_embeds": inputs_embeds.to(self.dtype),
+            "attention_mask": attention_mask,
+        }
+        if self.is_encoder_decoder:
+            inputs["decoder_input_ids"] = decoder_input_ids
+            inputs["decoder_attention_mask"] = decoder_attention_mask
+        with torch.autocast(inputs_embeds.device.type, enabled=False):
+            if self._rows_only:
+                return target_logits(self.lm, index, **inputs)
+            return self.lm(**inputs, use_cache=False).logits.flatten(0, 1)[index]
+
+    @torch.no_grad()
+    def _head_takes_rows(self) -> bool:
+        """Whether the logits of selected rows are the selected rows of all logits.
+
+        Raises:
+            UserError: the model takes embeddings for something else than the tokens they are of.
+        """
+        device = self._table.weight.device
+        ids = (torch.arange(8, device=device).view(2, 4) + 5) % self.vocab_size
+        mask = torch.ones_like(ids)
+        inputs = {"attention_mask": mask}
+        if self.is_encoder_decoder:
+            inputs |= {"decoder_input_ids": ids.flip(0), "decoder_attention_mask": mask}
+        from_tokens = self.lm(**inputs, input_ids=ids, use_cache=False).logits
+        inputs["inputs_embeds"] = self.embed(ids)
+        full = self.lm(**inputs, use_cache=False).logits
+        if not _close(full, from_tokens):
+            raise UserError(
+                f"language_model.name={self.name} cannot be used: its output for token embeddings "
+                "is not that for the tokens; take another model"
+            )
+        index = torch.tensor([6, 0, 3], device=device)
+        try:
+            rows = target_logits(self.lm, index, **inputs)
+        except Exception as error:  # whatever a head that wants three dimensions runs into
+            reason = str(error)
+        else:
+            if _close(rows, full.flatten(0, 1)[index]):
+                return True
+            reason = "the logits differ"
+        log.info(
+            "the head of %s does not take single rows (%s): all logits are computed, and those of "
+            "the targets taken from them",
+            self.name,
+            reason,
+        )
+        return False
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor,
+        *,
+        end_token_id: int,
+        pad_token_id: int,
+        max_new_tokens: int = 30,
+        min_new_tokens: int = 1,
+        num_beams: int = 1,
+        top_p: float | None = None,
+        temperature: float = 1.0,
+        length_penalty: float = 1.0,
+        repetition_penalty: float = 1.0,
+        num_captions: int = 1,
+    ) -> Tensor:
+        """Continues sequences: greedy, by beam search, or sampled.
+
+        Args:
+            inputs_embeds: [B, T, Dl]; of a decoder-only model, padded on the left.
+            attention_mask: int64 [B, T], 1 = visible.
+            end_token_id: ends a sequence.
+            pad_token_id: stands behind the end.
+            max_new_tokens: tokens, the end included.
+            min_new_tokens: tokens before the end may stand.
+            num_beams: sequences that are kept side by side; 1: greedy, or plain sampling.
+            top_p: None: the most likely; otherwise each token is drawn, with torch's global
+                generator, from the fewest that have this probability together (nucleus sampling).
+            temperature: divides the logits that are drawn from; acts with `top_p` only.
+            length_penalty: of beams: a sequence scores its summed log-probability divided by its
+                length to this power.
+            repetition_penalty: > 1 makes tokens that were generated before less likely.
+            num_captions: per row; its best beams (no more than `num_beams`), or as many draws.
+
+        Returns:
+            int64 [B * num_captions, <= max_new_tokens], new tokens only; a row's stand together.
+
+        Raises:
+            UserError: there is no search for so many captions.
+        """
+        if top_p is None and num_captions > num_beams:
+            raise UserError(
+                f"num_captions={num_captions} is more than num_beams={num_beams} can give; raise "
+                "num_beams, or sample with top_p"
+            )
+        settings = GenerationConfig(
+            max_new_tokens=max_new_tokens,
+            min_new_tokens=min_new_tokens,
+            num_beams=num_beams,
+            do_sample=top_p is not None,
+            length_penalty=length_penalty,
+            repetition_penalty=repetition_penalty,
+            num_return_sequences=num_captions,
+            eos_token_id=end_token_id,
+            pad_token_id=pad_token_id,
+            decoder_start_token_id=self.decoder_start_token_id,
+            # the library's default of 50 candidates would cut the nucleus
+            **({} if top_p is None else {"top_p": top_p, "top_k": 0, "temperature": temperature}),
+        )
+        with torch.autocast(inputs_embeds.device.type, enabled=False):
+            ids = self.lm.generate(  # type: ignore[operator]
+                inputs_embeds=inputs_embeds.to(self.dtype),
+                attention_mask=attention_mask,
+                generation_config=settings,
+            )
+        return ids[:, 1:] if self.is_encoder_decoder else ids
+
+    def identity(self) -> dict[str, str]:
+        """What a checkpoint records in place of the weights: name, revision, weights, digest.
+
+        The digest is over the weight files, or over random weights before they were rounded.
+        """
+        revision = ""
+        if self._folder is not None:
+            self._digest = self._digest or lm_weights.files_digest(self._folder)
+            if self._folder.parent.name == "snapshots":  # of the hub's cache
+                revision = self._folder.name
+        return {
+            "name": self.name,
+            "revision": revision,
+            "weights": self.weights,
+            "digest": self._digest,
+        }
+
+
+def target_logits(lm: PreTrainedModel, index: Tensor, **inputs: Any) -> Tensor:
+    """Logits at some positions only: the head, by far the largest product, sees no other row.
+
+    Whatever the model does after its head (scaling, capping) is done all the same.
+
+    Args:
+        lm: a model of transformers.
+        index: int64 [M], flat positions of the (decoder's) input.
+        inputs: of the model's forward.
+
+    Returns:
+        [M, V].
+    """
+    handle = lm.get_output_embeddings().register_forward_pre_hook(
+        lambda _, args: (args[0].flatten(0, 1)[index], *args[1:])
+    )
+    try:
+        return lm(**inputs, use_cache=False).logits
+    finally:
+        handle.remove()
+
+
+def _check_choice(key: str, value: str | None, allowed: list[Any]) -> None:
+    if value not in allowed:
+        choices = ", ".join("null" if choice is None else choice for choice in allowed)
+        raise UserError(f"language_model.{key}={value} is not one of {choices}")
+
+
+def _decoder_start(lm: PreTrainedModel) -> int | None:
+    if not lm.config.is_encoder_decoder:
+        return None
+    places = [lm.config, lm.generation_config]
+    found = [getattr(place, "decoder_start_token_id", None) for place in places]
+    found.append(lm.config.pad_token_id)  # T5's, which its configuration leaves unsaid
+    token = next((token for token in found if token is not None), None)
+    if token is None:
+        raise UserError(
+            "language_model: nothing says what the decoder starts with; set "
+            "language_model.config.decoder_start_token_id"
+        )
+    return token
+
+
+def _close(ours: Tensor, theirs: Tensor) -> bool:
+    """Equal but for the order of sums; half precision rounds results of the same product apart."""
+    tolerance = 1e-4 if ours.dtype in (torch.float32, torch.float64) else 3e-2
+    if ours.shape != theirs.shape:
+        return False
+    return bool((ours - theirs).abs().max() <= tolerance * theirs.abs().max())
+
+
+def _checkpoint_blocks(lm: nn.Module) -> None:
+    """Recomputes each block in the backward pass.
+
+    The library does so in training mode only, in which a frozen model would drop activations.
+    """
+    for module in lm.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.forward = functools.partial(_checkpointed, module.forward)
+
+
+def _checkpointed(forward: Callable, *args: Any, **kwargs: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    # nothing is drawn in eval mode, so there is no random state to bring back
+    return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+
+def _let_gradients_through(lm: nn.Module) -> None:
+    """Gives linear layers of packed weights, whose kernels have no backward, one."""
+    for module in lm.modules():
+        if isinstance(module, nn.Linear) and type(module.weight.data) is not Tensor:
+            module.forward = functools.partial(_linear, module)  # type: ignore[method-assign]
+
+
+def _linear(layer: Any, x: Tensor) -> Tensor:
+    return _FrozenLinear.apply(layer.weight, layer.bias, x)
+
+
+class _FrozenLinear(torch.autograd.Function):
+    """A linear layer with a gradient to its input, whatever its weight is packed in."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+        ctx.weight = weight
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, Tensor]:
+        eye = torch.eye(ctx.weight.shape[1], dtype=grad.dtype, device=grad.device)
+        return None, None, grad @ F.linear(eye, ctx.weight).t()  # the layer's own unpacking

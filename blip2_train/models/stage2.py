@@ -1,0 +1,132 @@
+"""Stage 2: the Q-Former speaks to a frozen language model (BLIP-2, section 3.3 and figure 3).
+
+The queries' outputs, projected to the width of the model's token embeddings, stand in front of
+the text as *soft visual prompts*.
+
+Shapes as in `qformer.py`, with a Q-Former that has no text side, and:
+    T  text tokens of the caption         P  tokens of a prompt (also none)
+    Dl width of the language model        M  target tokens of the whole batch
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from blip2_train.models.language import LanguageModel
+from blip2_train.models.qformer import ImageKV, QFormer
+from blip2_train.models.vision import VisionTower
+
+
+class Blip2Stage2(nn.Module):
+    """Image tower, Q-Former, projection and language model; the outer two are frozen.
+
+    Args:
+        vision: frozen tower.
+        qformer: its `vision_width` must be the tower's width.
+        language_model: frozen.
+
+    Raises:
+        ValueError: the Q-Former was built for another tower.
+    """
+
+    def __init__(
+        self, vision: VisionTower, qformer: QFormer, language_model: LanguageModel
+    ) -> None:
+        super().__init__()
+        if isinstance(vision, VisionTower) and vision.width != qformer.vision_width:
+            raise ValueError(
+                f"the Q-Former reads image tokens of width {qformer.vision_width}, the tower "
+                f"{vision.name} gives {vision.width}; build it with vision_width={vision.width}"
+            )
+        self.vision = vision
+        self.qformer = qformer
+        self.language_model = language_model
+        self.lm_proj = nn.Linear(qformer.hidden_size, language_model.width)
+
+    def encode_image(self, image: ImageKV) -> Tensor:
+        """Queries see each other and the image: keys and values -> query_output [B, Q, D]."""
+        query_output, _ = self.qformer.forward_queries(image)
+        return query_output
+
+    def soft_prompt(self, query_output: Tensor) -> Tensor:
+        """[B, Q, D] -> [B, Q, Dl], in the language model's dtype."""
+        return self.lm_proj(query_output).to(self.language_model.dtype)
+
+    def text_logits(self, query_output: Tensor, text: Mapping[str, Tensor]) -> Tensor:
+        """The language model's logits of the target tokens.
+
+        A decoder-only model reads queries and caption and predicts what follows. An
+        encoder-decoder reads queries and prefix in its encoder, and its decoder the caption.
+
+        Args:
+            query_output: [B, Q, D].
+            text: int64. Decoder-only: "input_ids", "attention_mask" [B, T], padded on the right;
+                "lm_index" [M], positions b * T + t of the tokens to predict in `input_ids` (t = 0
+                is predicted from the last query). Encoder-decoder: "input_ids",
+                "attention_mask" [B, P], padded on the right; "target_ids", "target_mask" [B, T];
+                "lm_index" [M], positions b * T + t in `target_ids`.
+
+        Returns:
+            [M, V] logits, in the order of `lm_index`, for the tokens that stand there.
+        """
+        soft = self.soft_prompt(query_output)
+        embeds, mask = self._behind(soft, text["input_ids"], text["attention_mask"])
+        index = text["lm_index"]
+        if self.language_model.is_encoder_decoder:
+            return self.language_model.logits(
+                embeds,
+                mask,
+                index,
+                decoder_input_ids=self._shifted(text["target_ids"]),
+                decoder_attention_mask=text["target_mask"],
+            )
+        Q, T = soft.shape[1], text["input_ids"].shape[1]
+        # text token t stands at position Q + t of its row, and the position before predicts it
+        rows = index.div(T, rounding_mode="floor")
+        return self.language_model.logits(embeds, mask, index + rows * Q + Q - 1)
+
+    def generate(
+        self, image: ImageKV, prompt_ids: Tensor, prompt_mask: Tensor, **settings: Any
+    ) -> Tensor:
+        """Captions that continue a prompt.
+
+        Args:
+            image: keys and values of B images.
+            prompt_ids: int64 [B, P], padded on either side; P may be 0.
+            prompt_mask: int64 [B, P], 1 = token. What a row gets does not depend on how long the
+                other prompts are.
+            settings: of `LanguageModel.generate`.
+
+        Returns:
+            int64 [B * num_captions, <= max_new_tokens], new tokens only.
+
+        Raises:
+            ValueError: there are not as many prompts as images.
+        """
+        rows = image[0][0].shape[0]
+        if prompt_ids.shape[0] != rows or prompt_ids.shape != prompt_mask.shape:
+            raise ValueError(
+                f"{rows} images need prompt_ids and prompt_mask of shape [{rows}, P], not "
+                f"{list(prompt_ids.shape)} and {list(prompt_mask.shape)}"
+            )
+        with torch.no_grad():
+            soft = self.soft_prompt(self.encode_image(image))
+        embeds, mask = self._behind(soft, prompt_ids, prompt_mask)
+        # An encoder counts positions from the left, and a decoder continues at the right end: all
+        # padding goes to the other end, so that none stands between queries and prompt.
+        order = mask.argsort(dim=1, stable=True, descending=self.language_model.is_encoder_decoder)
+        embeds = embeds.take_along_dim(order[..., None], dim=1)
+        return self.language_model.generate(embeds, mask.take_along_dim(order, dim=1), **settings)
+
+    def _behind(self, soft: Tensor, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries, then text: embeddings [B, Q + T, Dl] and mask [B, Q + T]."""
+        embeds = torch.cat([soft, self.language_model.embed(ids)], dim=1)
+        return embeds, torch.cat([mask.new_ones(soft.shape[:2]), mask], dim=1)
+
+    def _shifted(self, target_ids: Tensor) -> Tensor:
+        """The decoder's input: its start token, then all targets but the last; [B, T]."""
+        start = self.language_model.decoder_start_token_id
+        assert start is not None, "only an encoder-decoder has a decoder's input"
+        return torch.cat([torch.full_like(target_ids[:, :1], start), target_ids[:, :-1]], dim=1)

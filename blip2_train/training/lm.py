@@ -1,0 +1,245 @@
+"""Stage 0, `lm`: a small causal language model of one's own, trained on captions alone."""
+
+import functools
+import logging
+import math
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from blip2_train import losses
+from blip2_train.checkpoint.initial import init_from
+from blip2_train.config import BatchPlan
+from blip2_train.data.language import (
+    LanguageTokenizer,
+    decode,
+    encode_prompts,
+    load_language_tokenizer,
+)
+from blip2_train.data.language_batch import collate_documents, collate_eval_documents
+from blip2_train.data.stream import EvalStream
+from blip2_train.distributed import World, all_reduce_sum
+from blip2_train.models.language import random_model, target_logits
+from blip2_train.models.lm_weights import save_model
+from blip2_train.seeding import stable_hash
+from blip2_train.training.meter import Level, Meter, describe_losses
+from blip2_train.training.module import StageModule
+from blip2_train.training.objectives import mean_losses
+from blip2_train.training.stage import Stage
+from blip2_train.training.validation import Evaluator, Findings
+
+log = logging.getLogger(__name__)
+
+
+def lm_loss_sum(model: PreTrainedModel, batch: Mapping[str, Any]) -> Tensor:
+    """Cross-entropy of each token given those before it, summed over a batch of documents.
+
+    Args:
+        model: causal language model.
+        batch: `input_ids` and `attention_mask` int64 [B, T], right-padded; `lm_index` int64 [M],
+            flat positions of the tokens to predict; `lm_targets` int64 [M], these tokens.
+    """
+    logits = target_logits(
+        model,
+        batch["lm_index"] - 1,  # each token is predicted from the one before
+        input_ids=batch["input_ids"],
+        attention_mask=batch["attention_mask"],
+    )
+    return losses.lm_loss_sum(logits, batch["lm_targets"], smoothing=0.0)
+
+
+class LmModule(StageModule):
+    """The step of `lm`.
+
+    Args:
+        model: causal language model.
+        normalise: "global" or "rank", see `mean_losses`.
+        common: see `StageModule`.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, normalise: str, **common: Any) -> None:
+        super().__init__(model, meter=Meter(("loss_lm",)), **common)
+        self.normalise = normalise
+
+    def step(self, batch: dict[str, Any], step: int, part: int, world: World) -> dict[str, Tensor]:
+        """Loss per token of one batch of documents."""
+        total = lm_loss_sum(self.model, batch)
+        count = torch.full((), len(batch["lm_targets"]), device=total.device)
+        out = mean_losses({"loss_lm": total}, {"loss_lm": count}, self.normalise, world)
+        return {"loss": out["loss_lm"], **out}
+
+    def levels(self, contrastive: float) -> dict[str, Level]:
+        """Chance: every token is as likely as any other."""
+        return {"loss_lm": Level(math.log(self.model.config.vocab_size), 0.0)}
+
+    def rehearsal_batch(self) -> dict[str, Any]:
+        """Two documents of random words."""
+        return made_up_documents(self.model.config.vocab_size)
+
+    def rehearsal_loss(self) -> Tensor:
+        """Loss of that batch."""
+        return lm_loss_sum(self.model, self.rehearsal_batch())
+
+
+class LmStage(Stage):
+    """The parts of `lm`."""
+
+    @functools.cached_property
+    def text(self) -> LanguageTokenizer:
+        """The model's tokenizer."""
+        settings = self.cfg["causal_lm"]
+        return load_language_tokenizer(settings["tokenizer"], settings["end"])
+
+    def tokenizers(self) -> dict[str, Any]:
+        """The model's."""
+        return {"tokenizer": self.text.tokenizer}
+
+    def build_model(
+        self, *, shapes_only: bool = False, device: torch.device | None = None
+    ) -> PreTrainedModel:
+        """A model of `causal_lm.config` with this tokenizer's vocabulary."""
+        config = dict(self.cfg["causal_lm"]["config"])
+        if not (shapes_only and "vocab_size" in config):
+            config |= {
+                "vocab_size": len(self.text.tokenizer),
+                "bos_token_id": self.text.start_id,
+                "eos_token_id": self.text.end_id,
+                "pad_token_id": self.text.pad_id,
+            }
+        return random_model(config, stable_hash("weights", self.cfg["seed"]), "causal_lm")
+
+    def initialise(self, model: PreTrainedModel) -> None:
+        """From `init_from`, or at random."""
+        if self.cfg["init_from"] is not None:
+            account = init_from(model, Path(self.cfg["init_from"]), ())
+            log.info("init_from=%s: %s", self.cfg["init_from"], account)
+
+    def build_module(self, model: PreTrainedModel, batch: BatchPlan) -> LmModule:
+        """The Lightning module."""
+        return LmModule(model, normalise=self.cfg["loss"]["normalise"], **self.common(batch))
+
+    def image_size(self, model: PreTrainedModel) -> None:
+        """Images are not even decoded."""
+        return None
+
+    def collate(self) -> Any:
+        """Puts documents of training captions together."""
+        return functools.partial(collate_documents, **self._documents())
+
+    def collate_eval(self) -> Any:
+        """Puts documents of validation captions together."""
+        prompt = self.cfg["data"]["prompt"]
+        return functools.partial(collate_eval_documents, prompt=prompt, **self._documents())
+
+    def build_evaluator(self, module: StageModule, images: EvalStream) -> Evaluator:
+        """Loss per token."""
+        return LmEvaluator(module, self.text, self.cfg["validation"], self.cfg["seed"])
+
+    def traced_loss(self, model: PreTrainedModel, samples: int, *, whole: bool) -> Tensor:
+        """Loss of fake tensors."""
+        return lm_loss_sum(model, made_up_documents(model.config.vocab_size, samples))
+
+    def export(self, model: PreTrainedModel, folder: Path) -> None:
+        """The model and its tokenizer as a Hugging Face folder, for `language_model.name`."""
+        target, temporary = folder / "model", folder / f".model.{os.getpid()}.tmp"
+        save_model(model, temporary)
+        self.text.tokenizer.save_pretrained(temporary)
+        shutil.rmtree(target, ignore_errors=True)
+        temporary.rename(target)
+        log.info("the model is in %s: language_model.name=%s", target, target)
+
+    def _documents(self) -> dict[str, Any]:
+        settings = self.cfg["text"]
+        return {
+            "text": self.text,
+            "max_text_tokens": settings["max_tokens"],
+            "bucket": settings["bucket"],
+        }
+
+
+class LmEvaluator(Evaluator):
+    """Loss per token over all documents, and some captions made up by the model.
+
+    Args:
+        module: being trained.
+        text: its tokenizer.
+        settings: `samples` of the configuration.
+        seed: of the made-up captions.
+    """
+
+    def __init__(
+        self,
+        module: StageModule,
+        text: LanguageTokenizer,
+        settings: Mapping[str, Any],
+        seed: int,
+    ) -> None:
+        self.module = module
+        self.text = text
+        self.samples = settings["samples"]
+        self.seed = seed
+
+    def start(self) -> None:
+        """Forgets the validation before."""
+        self.sums = torch.zeros(2, dtype=torch.float64, device=self.module.device)
+
+    def add(self, number: int, batch: dict[str, Any]) -> None:
+        """Takes in one batch."""
+        total = lm_loss_sum(self.module.model, batch).double()
+        self.sums += torch.stack([total, torch.full_like(total, len(batch["lm_targets"]))])
+
+    def finish(self, world: World) -> Findings:
+        """Sums up."""
+        total, tokens = all_reduce_sum(self.sums, world).tolist()
+        metrics = {"loss_lm": total / tokens, "perplexity": math.exp(min(50.0, total / tokens))}
+        lines = [
+            f"{describe_losses(metrics, self.module.levels(1))}  "
+            f"perplexity {metrics['perplexity']:.2f}"
+        ]
+        if world.rank == 0:
+            lines += [f"writes: {caption}" for caption in self._made_up()]
+        return Findings(metrics, -metrics["loss_lm"], lines)
+
+    def _made_up(self) -> list[str]:
+        count = min(4, self.samples)
+        start, mask = encode_prompts([""] * count, self.text, encoder=False)
+        if not start.numel():
+            return []  # nothing to begin with: the tokenizer has no start token
+        device = self.module.device
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(self.seed)
+            ids = self.module.model.generate(
+                start.to(device),
+                attention_mask=mask.to(device),
+                do_sample=True,
+                top_p=0.9,
+                max_new_tokens=30,
+                eos_token_id=self.text.end_id,
+                pad_token_id=self.text.pad_id,
+            )
+        return decode(ids[:, start.shape[1] :], self.text)
+
+
+def made_up_documents(words: int, samples: int = 2) -> dict[str, Any]:
+    """Random documents of 16 tokens, the same at every call.
+
+    Args:
+        words: rows of the word table.
+        samples: of the batch.
+    """
+    length = 16
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, min(words, 100), (samples, length), generator=generator)
+    index = (torch.arange(samples)[:, None] * length + torch.arange(1, length)).flatten()
+    return {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "lm_index": index,
+        "lm_targets": ids.flatten()[index],
+    }

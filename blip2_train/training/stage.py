@@ -1,0 +1,115 @@
+"""What a kind of training is made of; `fit` joins the parts, one file per stage fills them in."""
+
+import abc
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from blip2_train.config import BatchPlan
+from blip2_train.data.stream import EvalStream
+from blip2_train.training.module import StageModule
+from blip2_train.training.validation import Evaluator
+
+
+class Stage(abc.ABC):
+    """Builds the parts of one kind of training from a resolved configuration.
+
+    Nothing is read or built before it is asked for: `--dry-run` asks for shapes alone.
+
+    Args:
+        cfg: resolved and validated configuration.
+    """
+
+    frozen_prefixes: tuple[str, ...] = ()  # of parameters that checkpoints name and do not store
+    text_bucket: int | None = None  # where ranks agree on the length of text (see `Feeder`)
+
+    def __init__(self, cfg: Mapping[str, Any]) -> None:
+        self.cfg = cfg
+
+    @abc.abstractmethod
+    def tokenizers(self) -> dict[str, Any]:
+        """The tokenizers that made the data what it is; checkpoints hold their digests.
+
+        Raises:
+            UserError: one cannot be had, or does not fit.
+        """
+
+    @abc.abstractmethod
+    def build_model(self, *, shapes_only: bool = False, device: torch.device | None = None) -> Any:
+        """The model, random where it is trained (from `seed` alone).
+
+        Args:
+            shapes_only: on the meta device, without reading a tokenizer or a weight.
+            device: where frozen parts too large for the host are loaded to.
+        """
+
+    @abc.abstractmethod
+    def initialise(self, model: Any) -> None:
+        """First weights of a new run, where they are not random; logs what came from where.
+
+        Raises:
+            UserError: they cannot be had, or do not fit.
+        """
+
+    def download(self) -> None:
+        """Brings what is read from the network into this machine's cache.
+
+        Raises:
+            UserError: it cannot be had.
+        """
+
+    def frozen_parts(self, model: Any) -> dict[str, dict[str, str]]:
+        """Identity of every frozen part, {part: {name, weights, digest}}."""
+        return {}
+
+    @abc.abstractmethod
+    def build_module(self, model: Any, batch: BatchPlan) -> StageModule:
+        """The Lightning module around the model."""
+
+    def image_size(self, model: Any) -> int | None:
+        """Side in pixels of what the model sees; None: no images."""
+        return model.vision.image_size
+
+    @abc.abstractmethod
+    def collate(self) -> Any:
+        """(samples, skipped) -> training batch; runs in the loader's workers."""
+
+    @abc.abstractmethod
+    def collate_eval(self) -> Any:
+        """Evaluation items -> batch; runs in the loader's workers."""
+
+    @abc.abstractmethod
+    def build_evaluator(self, module: StageModule, images: EvalStream) -> Evaluator:
+        """What validation computes."""
+
+    @abc.abstractmethod
+    def traced_loss(self, model: Any, samples: int, *, whole: bool) -> Tensor:
+        """Loss of a made-up batch of fake tensors, for estimates of memory and arithmetic.
+
+        Args:
+            model: built with `shapes_only`.
+            samples: of the batch.
+            whole: with image tokens as many as there really are; otherwise a few.
+        """
+
+    def traced_tower(self, model: Any, samples: int) -> None:
+        """Runs the frozen image tower on fake images, where there is one."""
+
+    def tower_bytes(self, model: Any) -> int:
+        """The most that one sample takes inside the frozen image tower, roughly."""
+        return 0
+
+    def export(self, model: Any, folder: Path) -> None:
+        """Writes what other programs load, beside the checkpoints, at the end of a run."""
+
+    def common(self, batch: BatchPlan) -> dict[str, Any]:
+        """Arguments that every `StageModule` takes beside its own."""
+        return {
+            "batch": batch,
+            "seed": self.cfg["seed"],
+            "optimizer": self.cfg["optimizer"],
+            "schedule": {**self.cfg["schedule"], "max_steps": self.cfg["trainer"]["max_steps"]},
+        }

@@ -1,0 +1,275 @@
+"""Stage 2: the Q-Former's queries as a soft prompt of a frozen language model (section 3.3)."""
+
+import functools
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from blip2_train import losses
+from blip2_train.checkpoint.initial import init_from
+from blip2_train.config import BatchPlan
+from blip2_train.data.language import LanguageTokenizer, load_language_tokenizer
+from blip2_train.data.language_batch import (
+    collate_causal,
+    collate_eval_causal,
+    collate_eval_seq2seq,
+    collate_seq2seq,
+)
+from blip2_train.data.stream import EvalStream
+from blip2_train.distributed import World
+from blip2_train.errors import UserError
+from blip2_train.models import language
+from blip2_train.models.stage2 import Blip2Stage2
+from blip2_train.training.build import (
+    initialise_qformer,
+    instantiate_group,
+    seed_weights,
+    tower_bytes,
+    tower_identity,
+    traced_tower,
+)
+from blip2_train.training.meter import Level, Meter
+from blip2_train.training.module import StageModule
+from blip2_train.training.objectives import mean_losses
+from blip2_train.training.stage import Stage
+from blip2_train.training.validation_stage2 import Stage2Evaluator
+
+log = logging.getLogger(__name__)
+
+# Weights of stage 1 that stage 2 has no use for, and why.
+LEFT_BEHIND = {
+    r"qformer\.(word_embeddings|position_embeddings|lm_head)\.": "text side of the Q-Former",
+    r"qformer\.layers\.\d+\.text_ffn\.": "text side of the Q-Former",
+    r"(vision_proj|text_proj|itm_head)\.|temp$": "head of stage 1",
+}
+
+
+def stage2_step(
+    model: Blip2Stage2,
+    image_embeds: Tensor,
+    batch: Mapping[str, Any],
+    normalise: str,
+    world: World,
+) -> dict[str, Tensor]:
+    """Loss of the captions, given their images.
+
+    Args:
+        model: the stage-2 model.
+        image_embeds: [B, P, Dv] tokens of the frozen tower.
+        batch: the text as `Blip2Stage2.text_logits` takes it, and `lm_targets` int64 [M], the
+            tokens to predict.
+        normalise: "global" or "rank", see `mean_losses`.
+        world: the ranks.
+
+    Returns:
+        `loss` and `loss_lm`, the same scalar, nats per token; `query_output` [B, Q, D] and
+        `lm_logits` [M, V].
+    """
+    query_output = model.encode_image(model.qformer.project_image(image_embeds))
+    logits = model.text_logits(query_output, batch)
+    total = losses.lm_loss_sum(logits, batch["lm_targets"], smoothing=0.0)
+    count = torch.full((), len(batch["lm_targets"]), device=total.device)
+    out = mean_losses({"loss_lm": total}, {"loss_lm": count}, normalise, world)
+    return {"loss": out["loss_lm"], "query_output": query_output, "lm_logits": logits, **out}
+
+
+class Stage2Module(StageModule):
+    """The step of stage 2.
+
+    Args:
+        model: with its frozen parts frozen.
+        normalise: see `stage2_step`.
+        common: see `StageModule`.
+    """
+
+    def __init__(self, model: Blip2Stage2, *, normalise: str, **common: Any) -> None:
+        super().__init__(model, meter=Meter(("loss_lm",)), **common)
+        self.normalise = normalise
+
+    def step(self, batch: dict[str, Any], step: int, part: int, world: World) -> dict[str, Tensor]:
+        """Loss of one micro-batch."""
+        image_embeds = self.model.vision(batch["image"])
+        return stage2_step(self.model, image_embeds, batch, self.normalise, world)
+
+    def levels(self, contrastive: float) -> dict[str, Level]:
+        """Chance: every token is as likely as any other."""
+        return {"loss_lm": Level(*losses.choice_levels(self.model.language_model.vocab_size, 0.0))}
+
+    def rehearsal_batch(self) -> dict[str, Any]:
+        """Two blank images with made-up text."""
+        size = self.model.vision.image_size
+        image = torch.zeros(2, 3, size, size, dtype=torch.uint8)
+        return {"image": image, **made_up_text(self.model.language_model)}
+
+    def rehearsal_loss(self) -> Tensor:
+        """All that is trained stands before the language model, which is left out."""
+        parameter = self.model.lm_proj.weight
+        tokens = torch.randn(2, 3, self.model.vision.width).to(parameter)
+        query_output = self.model.encode_image(self.model.qformer.project_image(tokens))
+        return self.model.lm_proj(query_output).sum()
+
+
+class Stage2(Stage):
+    """The parts of stage 2."""
+
+    frozen_prefixes = ("vision.", "language_model.")
+
+    @functools.cached_property
+    def text(self) -> LanguageTokenizer:
+        """The language model's tokenizer."""
+        settings = self.cfg["language_model"]
+        return load_language_tokenizer(settings["tokenizer"], settings["end"])
+
+    @functools.cached_property
+    def language_settings(self) -> dict[str, Any]:
+        """Arguments of the language model; a random one takes over the tokenizer's vocabulary."""
+        settings = {
+            k: v for k, v in self.cfg["language_model"].items() if k not in ("tokenizer", "end")
+        }
+        config = settings.get("config")
+        if settings["weights"] == "random" and config and "vocab_size" not in config:
+            settings["config"] = {
+                **config,
+                "vocab_size": len(self.text.tokenizer),
+                "pad_token_id": self.text.pad_id,
+                "eos_token_id": self.text.end_id,
+            }
+        return settings
+
+    def tokenizers(self) -> dict[str, Any]:
+        """The language model's."""
+        return {"language model's tokenizer": self.text.tokenizer}
+
+    def download(self) -> None:
+        """The language model's weights."""
+        settings = self.language_settings
+        if settings["weights"] == "pretrained":
+            language.download(settings["name"])
+
+    def build_model(
+        self, *, shapes_only: bool = False, device: torch.device | None = None
+    ) -> Blip2Stage2:
+        """Image tower, query side of the Q-Former, projection, language model."""
+        vision_settings, settings = dict(self.cfg["vision"]), dict(self.cfg["qformer"])
+        if shapes_only:
+            vision_settings["weights"] = "random"
+        vision = instantiate_group("vision", vision_settings)
+        language_model = instantiate_group("language_model", self.language_settings, device=device)
+        self._check_language_model(language_model, shapes_only)
+        del settings["init"]
+        keep_text, words = self.cfg["model"]["keep_text"], self.cfg["model"]["vocab_size"]
+        seed_weights(self.cfg["seed"])
+        qformer = instantiate_group(
+            "qformer",
+            settings,
+            text=keep_text,
+            vocab_size=words + 1 if keep_text else None,
+            vision_width=vision.width,
+        )
+        return Blip2Stage2(vision, qformer, language_model)
+
+    def _check_language_model(self, model: language.LanguageModel, shapes_only: bool) -> None:
+        self.encoder_decoder = model.is_encoder_decoder
+        if self.cfg["text"]["prefix"] != "none" and not model.is_encoder_decoder:
+            raise UserError(
+                f"text.prefix={self.cfg['text']['prefix']} splits a caption between encoder and "
+                f"decoder, and language_model.name={model.name} has a decoder only; set "
+                "text.prefix=none"
+            )
+        if not shapes_only and len(self.text.tokenizer) > model.vocab_size:
+            raise UserError(
+                f"language_model.tokenizer={self.cfg['language_model']['tokenizer']} has "
+                f"{len(self.text.tokenizer)} tokens, the model knows {model.vocab_size}; give the "
+                "tokenizer of that model"
+            )
+
+    def initialise(self, model: Blip2Stage2) -> None:
+        """The Q-Former of stage 1; or, for the ablation, of a BERT or at random."""
+        if self.cfg["init"] == "checkpoint":
+            account = init_from(
+                model, Path(self.cfg["init_from"]), self.frozen_prefixes, LEFT_BEHIND
+            )
+            log.info("init_from=%s: %s", self.cfg["init_from"], account)
+            if lacking := [name for name in account.missing if name.startswith("qformer.")]:
+                raise UserError(
+                    f"init_from={self.cfg['init_from']} lacks {len(lacking)} weights of the "
+                    f"Q-Former, the first is {lacking[0]}; set qformer.* as that run had it"
+                )
+        elif self.cfg["init"] == "bert":
+            initialise_qformer(model.qformer, self.cfg["qformer"]["init"])
+        else:
+            initialise_qformer(model.qformer, "random")
+
+    def frozen_parts(self, model: Blip2Stage2) -> dict[str, dict[str, str]]:
+        """Image tower and language model."""
+        return {
+            "vision": tower_identity(model.vision),
+            "language_model": model.language_model.identity(),
+        }
+
+    def build_module(self, model: Blip2Stage2, batch: BatchPlan) -> Stage2Module:
+        """The Lightning module."""
+        return Stage2Module(model, normalise=self.cfg["loss"]["normalise"], **self.common(batch))
+
+    def collate(self) -> Any:
+        """Puts training batches together."""
+        if self.encoder_decoder:
+            prefix = self.cfg["text"]["prefix"]
+            return functools.partial(collate_seq2seq, prefix=prefix, **self._text_settings())
+        return functools.partial(collate_causal, **self._text_settings())
+
+    def collate_eval(self) -> Any:
+        """Puts evaluation batches together."""
+        function = collate_eval_seq2seq if self.encoder_decoder else collate_eval_causal
+        return functools.partial(function, **self._text_settings())
+
+    def build_evaluator(self, module: StageModule, images: EvalStream) -> Stage2Evaluator:
+        """Loss, grounding, captions."""
+        return Stage2Evaluator(
+            module, images, self.text, self.cfg["data"]["prompt"], self.cfg["validation"]
+        )
+
+    def traced_loss(self, model: Blip2Stage2, samples: int, *, whole: bool) -> Tensor:
+        """Loss of fake tensors."""
+        patches = model.vision.num_tokens if whole else 3
+        embeds = torch.zeros(samples, patches, model.vision.width)
+        batch = made_up_text(model.language_model, samples)
+        return stage2_step(model, embeds, batch, "rank", World())["loss"]
+
+    def traced_tower(self, model: Blip2Stage2, samples: int) -> None:
+        """Runs the tower on fake images."""
+        traced_tower(model.vision, samples)
+
+    def tower_bytes(self, model: Blip2Stage2) -> int:
+        """Of the image tower."""
+        return tower_bytes(model.vision)
+
+    def _text_settings(self) -> dict[str, Any]:
+        return {
+            "text": self.text,
+            "max_text_tokens": self.cfg["text"]["max_tokens"],
+            "prompt": self.cfg["data"]["prompt"],
+            "bucket": self.cfg["text"]["bucket"],
+        }
+
+
+def made_up_text(model: language.LanguageModel, samples: int = 2) -> dict[str, Any]:
+    """Random text of 16 tokens, behind a prompt of 2 where there is an encoder.
+
+    Args:
+        model: the language model.
+        samples: of the batch.
+    """
+    length = 16
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, min(model.vocab_size, 100), (samples, length), generator=generator)
+    text = {"lm_index": torch.arange(ids.numel()), "lm_targets": ids.flatten()}
+    ones = torch.ones_like(ids)
+    if model.is_encoder_decoder:
+        prompt = {"input_ids": ids[:, :2], "attention_mask": ones[:, :2]}
+        return {**prompt, "target_ids": ids, "target_mask": ones, **text}
+    return {"input_ids": ids, "attention_mask": ones, **text}

@@ -1,0 +1,90 @@
+"""What stage 2 is validated by: its loss, whether the text depends on the image, captions."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from blip2_train.data.language import LanguageTokenizer, decode, encode_prompts
+from blip2_train.data.stream import EvalStream
+from blip2_train.distributed import World
+from blip2_train.evaluation.grounding import Grounding, blank_image, describe_grounding
+from blip2_train.evaluation.samples import Row
+from blip2_train.evaluation.stage2 import stage2_grounding
+from blip2_train.training.meter import describe_losses
+from blip2_train.training.module import StageModule
+from blip2_train.training.validation import Evaluator, Findings, chosen_samples, to_pil
+
+
+class Stage2Evaluator(Evaluator):
+    """Loss per token with the right, a shuffled and a blank image; captions of some images.
+
+    Args:
+        module: being trained.
+        images: the validation split.
+        text: the language model's tokenizer.
+        prompt: that captions begin with.
+        settings: `samples`, `num_beams`, `max_new_tokens` of the configuration.
+    """
+
+    def __init__(
+        self,
+        module: StageModule,
+        images: EvalStream,
+        text: LanguageTokenizer,
+        prompt: str,
+        settings: Mapping[str, Any],
+    ) -> None:
+        self.module = module
+        self.images = images
+        self.text = text
+        self.prompt = prompt
+        self.samples = settings["samples"]
+        self.search = {k: settings[k] for k in ("num_beams", "max_new_tokens")}
+
+    def start(self) -> None:
+        """Forgets the validation before."""
+        self.grounding = Grounding()
+        vision = self.module.model.vision
+        self.blank = vision(blank_image(vision.mean, vision.image_size).to(self.module.device))
+
+    def add(self, number: int, batch: dict[str, Any]) -> None:
+        """Takes in one batch."""
+        model = self.module.model
+        image_embeds = model.vision(batch["image"])
+        self.grounding.add(*stage2_grounding(model, image_embeds, self.blank, batch))
+
+    def finish(self, world: World) -> Findings:
+        """Sums up."""
+        grounding = self.grounding.read(world)
+        metrics = {"loss_lm": grounding["lm_right"], **grounding}
+        lines = [
+            describe_losses(metrics, self.module.levels(1)),
+            describe_grounding(grounding),
+        ]
+        rows = self._rows() if world.rank == 0 else []
+        lines += [f"says: {row.caption}  (truth: {row.truth[0]})" for row in rows[:4]]
+        title = "what the model says of held-out images"
+        return Findings(metrics, -metrics["loss_lm"], lines, rows, title)
+
+    def _rows(self) -> list[Row]:
+        model = self.module.model
+        items = chosen_samples(self.images, self.samples) if self.samples else []
+        if not items:
+            return []
+        images = torch.stack([item.image for item in items]).to(self.module.device)
+        prompts, mask = encode_prompts(
+            [self.prompt] * len(items), self.text, encoder=model.language_model.is_encoder_decoder
+        )
+        ids = model.generate(
+            model.qformer.project_image(model.vision(images)),
+            prompts.to(images.device),
+            mask.to(images.device),
+            end_token_id=self.text.end_id,
+            pad_token_id=self.text.pad_id,
+            **self.search,
+        )
+        return [
+            Row(to_pil(item.image), caption, item.captions)
+            for item, caption in zip(items, decode(ids, self.text), strict=True)
+        ]

@@ -1,0 +1,83 @@
+"""Whole runs: started, killed, compared."""
+
+import csv
+import os
+import signal
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+from tiny import command
+
+from blip2_train.checkpoint import io
+
+
+def one_thread() -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+def last_checkpoint(run: Path) -> dict[str, Any]:
+    path = io.newest_valid(run / "checkpoints")
+    assert path is not None
+    return io.load(path)
+
+
+def rows(run: Path, *, without_speed: bool = True) -> list[dict[str, str]]:
+    speed = ("samples_per_second", "data_wait", "peak_memory", "model_flops")
+    with (run / "metrics.csv").open() as file:
+        return [
+            {k: v for k, v in row.items() if not (without_speed and k.startswith(speed))}
+            for row in csv.DictReader(file)
+        ]
+
+
+def assert_equal_states(ours: Any, theirs: Any, where: str = "") -> None:
+    """Bit for bit."""
+    assert type(ours) is type(theirs), where
+    if isinstance(ours, dict):
+        assert ours.keys() == theirs.keys(), where
+        for key, value in ours.items():
+            assert_equal_states(value, theirs[key], f"{where}.{key}")
+    elif isinstance(ours, list):
+        assert len(ours) == len(theirs), where
+        for number, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+            assert_equal_states(a, b, f"{where}[{number}]")
+    elif isinstance(ours, torch.Tensor):
+        assert ours.equal(theirs), f"{where} differs by {(ours - theirs).abs().max()}"
+    else:
+        assert ours == theirs, where
+
+
+def assert_same_end(ours: Path, theirs: Path) -> None:
+    a, b = last_checkpoint(ours), last_checkpoint(theirs)
+    for key in ("step", "drawn", "scores", "model", "optimizer"):
+        assert_equal_states(a[key], b[key], key)
+    assert rows(ours) == rows(theirs)
+
+
+def kill_in_the_middle(overrides: list[str], run: Path, processes: int, last: int = 12) -> None:
+    """Starts the command and kills it, children and all, once a checkpoint was followed by more.
+
+    `last` is the run's last step, which it must not have reached.
+    """
+    process = subprocess.Popen(
+        command(overrides, processes),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=one_thread(),
+        start_new_session=True,
+    )
+    assert process.stdout is not None
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if "step 6/" in line and (run / "checkpoints").exists():
+            break
+    else:
+        raise AssertionError("".join(lines))
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    assert max(io.steps(run / "checkpoints")) < last
