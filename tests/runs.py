@@ -1,9 +1,11 @@
 """Whole runs: started, killed, compared."""
 
+import contextlib
 import csv
 import os
 import signal
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +58,16 @@ def assert_same_end(ours: Path, theirs: Path) -> None:
     assert rows(ours) == rows(theirs)
 
 
+def pids_of(argument: str) -> list[int]:
+    """Other processes that were started with this argument."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if argument.encode() in (folder / "cmdline").read_bytes().split(b"\0"):
+                found.append(int(folder.name))
+    return found
+
+
 def kill_in_the_middle(overrides: list[str], run: Path, processes: int, last: int = 12) -> None:
     """Starts the command and kills it, children and all, once a checkpoint was followed by more.
 
@@ -77,7 +89,12 @@ def kill_in_the_middle(overrides: list[str], run: Path, processes: int, last: in
             break
     else:
         raise AssertionError("".join(lines))
-    os.killpg(process.pid, signal.SIGKILL)
+    # torchrun's workers are in sessions of their own: found by their command line
+    for pid in pids_of(f"run.dir={run.parent}"):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
     process.wait()
+    while pids_of(f"run.dir={run.parent}"):
+        time.sleep(0.05)
     process.stdout.close()
     assert max(io.steps(run / "checkpoints")) < last

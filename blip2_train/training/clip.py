@@ -1,6 +1,5 @@
 """Stage 0, `clip`: an image tower of one's own, by contrast with a text transformer."""
 
-import functools
 import logging
 import math
 from collections.abc import Mapping
@@ -13,14 +12,12 @@ from torch import Tensor
 from blip2_train import losses
 from blip2_train.checkpoint.initial import init_from
 from blip2_train.config import BatchPlan
-from blip2_train.data.batch import collate, collate_eval
 from blip2_train.data.stream import EvalStream
 from blip2_train.distributed import World, broadcast_tensors, current_world, gather_objects
 from blip2_train.evaluation.retrieval import chunks, describe_recalls, mean_r1
 from blip2_train.evaluation.stage1 import PAIRS_AT_ONCE, Features, first_captions, retrieve
 from blip2_train.models.clip import Clip
 from blip2_train.training.build import (
-    build_text_tokenizer,
     instantiate_group,
     made_up_text,
     seed_weights,
@@ -29,7 +26,7 @@ from blip2_train.training.contrast import TEMP_RANGE, clip_step
 from blip2_train.training.meter import Level, Meter, describe_losses
 from blip2_train.training.module import StageModule
 from blip2_train.training.objectives import ItcConfig
-from blip2_train.training.stage import Stage
+from blip2_train.training.stage import BertTextStage
 from blip2_train.training.validation import Evaluator, Findings
 
 log = logging.getLogger(__name__)
@@ -81,28 +78,16 @@ class ClipModule(StageModule):
         return clip_step(self.model, self.rehearsal_batch(), self.loss)["loss"]
 
 
-class ClipStage(Stage):
+class ClipStage(BertTextStage):
     """The parts of `clip`."""
 
     def __init__(self, cfg: Mapping[str, Any]) -> None:
         super().__init__(cfg)
-        self.text_bucket = cfg["text"]["bucket"]
         self.loss = ItcConfig(**cfg["loss"])
-
-    @functools.cached_property
-    def tokenizer(self) -> Any:
-        """A BERT tokenizer."""
-        return build_text_tokenizer(self.cfg["text"])
-
-    def tokenizers(self) -> dict[str, Any]:
-        """That of the texts."""
-        return {"tokenizer": self.tokenizer}
 
     def build_model(self, *, shapes_only: bool = False, device: torch.device | None = None) -> Clip:
         """Tower and text transformer."""
-        words = self.cfg["text"]["vocab_size"]
-        if words is None or not shapes_only:
-            words = len(self.tokenizer) - 1
+        words = self.word_pieces(shapes_only=shapes_only)
         settings = dict(self.cfg["image_encoder"])
         if shapes_only:
             settings["weights"] = "random"
@@ -129,18 +114,6 @@ class ClipStage(Stage):
     def image_size(self, model: Clip) -> int:
         """Of the tower."""
         return model.image_encoder.image_size
-
-    def collate(self) -> Any:
-        """Puts training batches together."""
-        return functools.partial(
-            collate, tokenizer=self.tokenizer, max_text_tokens=self.cfg["text"]["max_tokens"]
-        )
-
-    def collate_eval(self) -> Any:
-        """Puts evaluation batches together."""
-        return functools.partial(
-            collate_eval, tokenizer=self.tokenizer, max_text_tokens=self.cfg["text"]["max_tokens"]
-        )
 
     def build_evaluator(self, module: StageModule, images: EvalStream) -> Evaluator:
         """Loss and retrieval."""

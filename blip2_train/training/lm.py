@@ -197,14 +197,15 @@ class LmEvaluator(Evaluator):
     def finish(self, world: World) -> Findings:
         """Sums up."""
         total, tokens = all_reduce_sum(self.sums, world).tolist()
-        metrics = {"loss_lm": total / tokens, "perplexity": math.exp(min(50.0, total / tokens))}
+        loss = total / tokens
+        metrics = {"loss": loss, "loss_lm": loss, "perplexity": math.exp(min(50.0, loss))}
         lines = [
             f"{describe_losses(metrics, self.module.levels(1))}  "
             f"perplexity {metrics['perplexity']:.2f}"
         ]
         if world.rank == 0:
             lines += [f"writes: {caption}" for caption in self._made_up()]
-        return Findings(metrics, -metrics["loss_lm"], lines)
+        return Findings(metrics, -loss, lines)
 
     def _made_up(self) -> list[str]:
         count = min(4, self.samples)

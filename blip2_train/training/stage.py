@@ -1,6 +1,7 @@
 """What a kind of training is made of; `fit` joins the parts, one file per stage fills them in."""
 
 import abc
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,9 @@ import torch
 from torch import Tensor
 
 from blip2_train.config import BatchPlan
+from blip2_train.data.batch import collate, collate_eval
 from blip2_train.data.stream import EvalStream
+from blip2_train.training.build import build_text_tokenizer
 from blip2_train.training.module import StageModule
 from blip2_train.training.validation import Evaluator
 
@@ -113,3 +116,37 @@ class Stage(abc.ABC):
             "optimizer": self.cfg["optimizer"],
             "schedule": {**self.cfg["schedule"], "max_steps": self.cfg["trainer"]["max_steps"]},
         }
+
+
+class BertTextStage(Stage):
+    """A stage whose text passes a BERT tokenizer and is exchanged between ranks (stage 1, clip)."""
+
+    def __init__(self, cfg: Mapping[str, Any]) -> None:
+        super().__init__(cfg)
+        self.text_bucket = cfg["text"]["bucket"]
+
+    @functools.cached_property
+    def tokenizer(self) -> Any:
+        """With [DEC]."""
+        return build_text_tokenizer(self.cfg["text"])
+
+    def word_pieces(self, *, shapes_only: bool) -> int:
+        """Size of the vocabulary, without [DEC]; where it is given, shapes need no tokenizer."""
+        given = self.cfg["text"]["vocab_size"]
+        return given if shapes_only and given is not None else len(self.tokenizer) - 1
+
+    def tokenizers(self) -> dict[str, Any]:
+        """The one of all texts."""
+        return {"tokenizer": self.tokenizer}
+
+    def collate(self) -> Any:
+        """Puts training batches together."""
+        return functools.partial(
+            collate, tokenizer=self.tokenizer, max_text_tokens=self.cfg["text"]["max_tokens"]
+        )
+
+    def collate_eval(self) -> Any:
+        """Puts evaluation batches together."""
+        return functools.partial(
+            collate_eval, tokenizer=self.tokenizer, max_text_tokens=self.cfg["text"]["max_tokens"]
+        )

@@ -1,8 +1,6 @@
 """Stage 1: frozen tower -> Q-Former -> contrast, matching, captioning (BLIP-2, section 3.2)."""
 
-import functools
 import logging
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +10,10 @@ from torch import Tensor
 from blip2_train import losses
 from blip2_train.checkpoint.initial import init_from
 from blip2_train.config import BatchPlan
-from blip2_train.data.batch import collate, collate_eval
 from blip2_train.data.stream import EvalStream
 from blip2_train.distributed import World, current_world
 from blip2_train.models.stage1 import Blip2Stage1
 from blip2_train.training.build import (
-    build_text_tokenizer,
     initialise_qformer,
     instantiate_group,
     made_up_text,
@@ -35,7 +31,7 @@ from blip2_train.training.objectives import (
     draw_uniform,
     stage1_step,
 )
-from blip2_train.training.stage import Stage
+from blip2_train.training.stage import BertTextStage
 from blip2_train.training.validation_stage1 import Stage1Evaluator
 
 log = logging.getLogger(__name__)
@@ -95,31 +91,17 @@ class Stage1Module(StageModule):
         return made_up_step(self.model, tokens, batch, self.loss)
 
 
-class Stage1(Stage):
+class Stage1(BertTextStage):
     """The parts of stage 1."""
 
     frozen_prefixes = ("vision.",)
-
-    def __init__(self, cfg: Mapping[str, Any]) -> None:
-        super().__init__(cfg)
-        self.text_bucket = cfg["text"]["bucket"]
-
-    @functools.cached_property
-    def tokenizer(self) -> Any:
-        """The Q-Former's."""
-        return build_text_tokenizer(self.cfg["text"])
-
-    def tokenizers(self) -> dict[str, Any]:
-        """The Q-Former's."""
-        return {"tokenizer": self.tokenizer}
 
     def build_model(
         self, *, shapes_only: bool = False, device: torch.device | None = None
     ) -> Blip2Stage1:
         """Image tower, Q-Former and heads."""
-        vision_settings, words = dict(self.cfg["vision"]), self.cfg["text"]["vocab_size"]
-        if words is None or not shapes_only:
-            words = len(self.tokenizer) - 1
+        words = self.word_pieces(shapes_only=shapes_only)
+        vision_settings = dict(self.cfg["vision"])
         if shapes_only:
             vision_settings["weights"] = "random"
         vision = instantiate_group("vision", vision_settings)
@@ -151,18 +133,6 @@ class Stage1(Stage):
     def build_module(self, model: Blip2Stage1, batch: BatchPlan) -> Stage1Module:
         """The Lightning module."""
         return Stage1Module(model, loss=self._loss(), **self.common(batch))
-
-    def collate(self) -> Any:
-        """Puts training batches together."""
-        return functools.partial(
-            collate, tokenizer=self.tokenizer, max_text_tokens=self.cfg["text"]["max_tokens"]
-        )
-
-    def collate_eval(self) -> Any:
-        """Puts evaluation batches together."""
-        return functools.partial(
-            collate_eval, tokenizer=self.tokenizer, max_text_tokens=self.cfg["text"]["max_tokens"]
-        )
 
     def build_evaluator(self, module: StageModule, images: EvalStream) -> Stage1Evaluator:
         """Losses, retrieval, grounding."""

@@ -57,7 +57,8 @@ class Stage2Evaluator(Evaluator):
     def finish(self, world: World) -> Findings:
         """Sums up."""
         grounding = self.grounding.read(world)
-        metrics = {"loss_lm": grounding["lm_right"], **grounding}
+        loss = grounding["lm_right"]
+        metrics = {"loss": loss, "loss_lm": loss, **grounding}
         lines = [
             describe_losses(metrics, self.module.levels(1)),
             describe_grounding(grounding),
@@ -65,7 +66,7 @@ class Stage2Evaluator(Evaluator):
         rows = self._rows() if world.rank == 0 else []
         lines += [f"says: {row.caption}  (truth: {row.truth[0]})" for row in rows[:4]]
         title = "what the model says of held-out images"
-        return Findings(metrics, -metrics["loss_lm"], lines, rows, title)
+        return Findings(metrics, -loss, lines, rows, title)
 
     def _rows(self) -> list[Row]:
         model = self.module.model

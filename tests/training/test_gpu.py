@@ -1,11 +1,15 @@
 """On a GPU: a step waits for nothing, and its losses are those of the CPU."""
 
+from typing import Any
+
 import pytest
 import torch
-from tiny import loss_config, tiny_batch, tiny_model
+from language_steps import OPT, T5, N, stage2, texts
+from tiny import PATCHES, WIDTH, loss_config, tiny_batch, tiny_model
 
 from blip2_train.distributed import World
 from blip2_train.training.objectives import draw_uniform, stage1_step
+from blip2_train.training.stage2 import stage2_step
 
 
 @pytest.mark.gpu
@@ -26,3 +30,23 @@ def test_a_step_on_a_gpu_waits_for_nothing_and_equals_the_cpus() -> None:
         torch.cuda.set_sync_debug_mode("default")
     for name in ("loss", "loss_itc", "loss_itm", "loss_lm"):
         assert out[name].item() == pytest.approx(wanted[name].item(), abs=1e-9), name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("config", [OPT, T5], ids=["opt", "t5"])
+def test_a_step_of_stage_2_on_a_gpu_equals_the_cpus(config: dict[str, Any]) -> None:
+    model = stage2(config)
+    batch = texts(slice(0, N), encoder=config is T5)
+    embeds = torch.randn(N, PATCHES, WIDTH, dtype=torch.float64)
+    wanted = stage2_step(model, embeds, batch, "global", World())
+    wanted["loss"].backward()
+    gradient = model.lm_proj.weight.grad
+    assert gradient is not None
+    model.zero_grad()
+    model.cuda()
+    batch = {key: value.cuda() for key, value in batch.items()}
+    out = stage2_step(model, embeds.cuda(), batch, "global", World())
+    out["loss"].backward()
+    assert out["loss"].item() == pytest.approx(wanted["loss"].item(), abs=1e-6)
+    assert model.lm_proj.weight.grad is not None
+    torch.testing.assert_close(model.lm_proj.weight.grad.cpu(), gradient, atol=1e-6, rtol=1e-6)

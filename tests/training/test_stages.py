@@ -1,8 +1,8 @@
 """The whole command for stage 2, clip and lm on rendered shards.
 
-Proven for each: a run on 3 processes, with dropout and accumulation, that is killed by SIGKILL and
-started again ends with the exact weights, optimizer state and metrics of an undisturbed one (on 1
-process in `make test-all`); the number of processes hardly changes a run; what `clip` and `lm`
+Proven for each: a run with dropout that is killed by SIGKILL and started again ends with the exact
+weights, optimizer state and metrics of an undisturbed one, on 1 and on 3 processes (half of these
+in `make test-all` alone); the number of processes hardly changes a run; what `clip` and `lm`
 leave is what stage 1 and stage 2 load; frozen parts stay bit for bit as they were and are not in
 checkpoints; OPT, T5, Llama and Qwen, int8 and checkpointing; wrong input ends with one sentence.
 """
@@ -48,28 +48,33 @@ def stage0(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def kill_and_continue(overrides: list[str], runs: Path, processes: int) -> None:
-    overrides = [*overrides, "trainer.max_steps=80", "validation.every=40"]  # time to be killed in
+    overrides = [*overrides, "trainer.max_steps=24", "validation.every=12"]  # time to be killed in
     whole = run_command([*overrides, "run.name=whole"], processes, env=one_thread())
     assert whole.returncode == 0, whole.stderr
     killed = [*overrides, "run.name=killed"]
-    kill_in_the_middle(killed, runs / "killed", processes, last=80)
+    kill_in_the_middle(killed, runs / "killed", processes, last=24)
     done = run_command(killed, processes, env=one_thread())
     assert done.returncode == 0, done.stderr
     assert "continuing" in done.stdout
     assert_same_end(runs / "killed", runs / "whole")
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_killed_and_continued_on_three_processes(stage: str, shards: Path, tmp_path: Path) -> None:
-    overrides = tiny_stage_runs(shards, tmp_path)[stage]
-    kill_and_continue([*overrides, *DROPOUT[stage], "batch.accumulate=2"], tmp_path, 3)
+def also(stage: str, processes: int) -> Any:
+    """A case for `make test-all`."""
+    return pytest.param(stage, processes, marks=pytest.mark.slow)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("stage", STAGES)
-def test_killed_and_continued_on_one_process(stage: str, shards: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("stage", "processes"),
+    [
+        ("stage2", 3), ("clip", 1), ("lm", 1),
+        also("stage2", 1), also("clip", 3), also("lm", 3),
+    ],
+)  # fmt: skip
+def test_killed_and_continued(stage: str, processes: int, shards: Path, tmp_path: Path) -> None:
     overrides = tiny_stage_runs(shards, tmp_path)[stage]
-    kill_and_continue([*overrides, *DROPOUT[stage]], tmp_path, 1)
+    accumulate = f"batch.accumulate={1 if processes == 1 else 2}"
+    kill_and_continue([*overrides, *DROPOUT[stage], accumulate], tmp_path, processes)
 
 
 @pytest.mark.parametrize("stage", STAGES)
