@@ -307,6 +307,14 @@ def validate(cfg: Mapping[str, Any], world_size: int = 1) -> None:
         missing, unknown = sorted(SOURCE_KEYS - given), sorted(given - SOURCE_KEYS)
         need(not missing, f"data.sources.{name} has no {', '.join(missing)}")
         need(not unknown, f"data.sources.{name} has unknown keys: {', '.join(unknown)}")
+    if _at(cfg, "stage") == "clip" and _is_number(temp := _at(cfg, "model.temp")):
+        need(temp >= 0.01, f"model.temp={temp} must be at least 0.01, where clip keeps it")
+    if _has(cfg, "causal_lm.config"):
+        config = _at(cfg, "causal_lm.config")
+        need(
+            isinstance(config, Mapping) and "model_type" in config,
+            f"causal_lm.config={config} names no model_type, such as opt or llama",
+        )
     reader = {"stage1": "qformer", "clip": "text_encoder"}.get(str(_at(cfg, "stage")))
     tokens, positions = _at(cfg, "text.max_tokens"), _at(cfg, f"{reader}.max_positions")
     if _is_number(tokens) and _is_number(positions):

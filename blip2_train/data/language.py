@@ -61,7 +61,9 @@ class LanguageTokenizer:
         return self.tokenizer(lines, add_special_tokens=False)["input_ids"]
 
 
-def load_language_tokenizer(name_or_path: str | Path, end: str | None = None) -> LanguageTokenizer:
+def load_language_tokenizer(
+    name_or_path: str | Path, end: str | None = None, group: str = "language_model"
+) -> LanguageTokenizer:
     r"""Load the tokenizer of a language model.
 
     The start token is the bos or cls token that the tokenizer itself puts in front of a text, if it
@@ -71,6 +73,7 @@ def load_language_tokenizer(name_or_path: str | Path, end: str | None = None) ->
         name_or_path: Hugging Face id (`facebook/opt-2.7b`) or a folder with the tokenizer's files.
         end: text that ends a caption and is one token, `"\n"` for OPT as in the reference; None:
             the eos token, else the sep token.
+        group: of the configuration that names both, for messages.
 
     Raises:
         UserError: it cannot be found or read, `end` is not one token, or there is no end token.
@@ -80,20 +83,21 @@ def load_language_tokenizer(name_or_path: str | Path, end: str | None = None) ->
 
     folder = tokenizer_folder(
         name_or_path,
-        "language_model.tokenizer",
+        f"{group}.tokenizer",
         _VOCABULARY_FILES,
         "a folder with the files of a tokenizer (`blip2-prepare ... --tokenizer N` writes one "
-        "beside the shards), or a hub id such as facebook/opt-2.7b",
+        "beside the shards, and stage `lm` one with its model), or a hub id such as "
+        "facebook/opt-2.7b",
     )
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     except Exception as error:  # of every kind: a file may hold anything
         raise UserError(
-            f"language_model.tokenizer={name_or_path} could not be read: {first_line(error)}"
+            f"{group}.tokenizer={name_or_path} could not be read: {first_line(error)}"
         ) from error
     first = tokenizer("")["input_ids"][:1]
     starts = bool(first) and first[0] in (tokenizer.bos_token_id, tokenizer.cls_token_id)
-    end_id = _end_id(tokenizer, name_or_path, end)
+    end_id = _end_id(tokenizer, name_or_path, end, group)
     pads = (tokenizer.pad_token_id, tokenizer.eos_token_id, end_id)
     return LanguageTokenizer(
         tokenizer,
@@ -103,7 +107,7 @@ def load_language_tokenizer(name_or_path: str | Path, end: str | None = None) ->
     )
 
 
-def _end_id(tokenizer: Any, name_or_path: str | Path, end: str | None) -> int:
+def _end_id(tokenizer: Any, name_or_path: str | Path, end: str | None, group: str) -> int:
     """Return the id of `end`, or of the tokenizer's own end token.
 
     Raises:
@@ -114,7 +118,7 @@ def _end_id(tokenizer: Any, name_or_path: str | Path, end: str | None) -> int:
             if token is not None:
                 return token
         raise UserError(
-            f"language_model.end=null, but language_model.tokenizer={name_or_path} has neither an "
+            f"{group}.end=null, but {group}.tokenizer={name_or_path} has neither an "
             "eos nor a sep token; give a text that ends captions and is one token, such as "
             '"\\n".'
         )
@@ -123,7 +127,7 @@ def _end_id(tokenizer: Any, name_or_path: str | Path, end: str | None) -> int:
     if len(ids) != 1 or unknown:
         found = "unknown to" if unknown else f"{len(ids)} tokens of"
         raise UserError(
-            f"language_model.end={end!r} is {found} language_model.tokenizer={name_or_path}; give "
+            f"{group}.end={end!r} is {found} {group}.tokenizer={name_or_path}; give "
             "a text that is exactly one token, or null for the tokenizer's own end token."
         )
     return ids[0]
@@ -202,6 +206,15 @@ def pad_rows(
     return ids, mask
 
 
-def tokenizer_digest(tokenizer: PreTrainedTokenizerFast) -> str:
-    """Return the sha256 of a tokenizer's vocabulary, by which a resumed run knows it again."""
-    return hashlib.sha256(repr(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
+def tokenizer_digest(tokenizer: PreTrainedTokenizerFast | LanguageTokenizer) -> str:
+    """Return a sha256 by which a resumed run knows its tokenizer again.
+
+    Of a BERT tokenizer it is that of the vocabulary; language models' differ in more than that, so
+    theirs covers all that the library saves, and the tokens around a text.
+    """
+    if isinstance(tokenizer, LanguageTokenizer):
+        inner: Any = tokenizer.tokenizer
+        content = repr((tokenizer.start_id, tokenizer.end_id, inner.backend_tokenizer.to_str()))
+    else:
+        content = repr(sorted(tokenizer.get_vocab().items()))
+    return hashlib.sha256(content.encode()).hexdigest()

@@ -121,7 +121,7 @@ def tokenizer_folder(
     vocabulary it answers with an empty one, after two minutes of retries.
 
     Args:
-        name_or_path: a folder, else a hub id.
+        name_or_path: a folder, else a hub id, with "@revision" where wanted.
         key: of the configuration that names it.
         vocabulary_files: it must hold one of them.
         wanted: what the user should give, for messages.
@@ -136,8 +136,11 @@ def tokenizer_folder(
         from huggingface_hub import snapshot_download
 
         files = [*vocabulary_files, *_SETTINGS_FILES]
+        repository, _, revision = folder.as_posix().partition("@")
         try:
-            folder = Path(snapshot_download(folder.as_posix(), allow_patterns=files))
+            folder = Path(
+                snapshot_download(repository, revision=revision or None, allow_patterns=files)
+            )
         except (OSError, ValueError) as error:
             raise UserError(
                 f"{key}={name_or_path} is no folder, and the Hugging Face hub does not give it: "

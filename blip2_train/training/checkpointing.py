@@ -88,7 +88,6 @@ class Checkpointing(pl.Callback):
         drawn_after: samples drawn from each source after so many micro-batches of this start.
         frozen_prefixes: parts of the model that are not stored.
         paused: stops the speed clock while a checkpoint is written.
-        export: writes what other programs load, before the last checkpoint.
         every: optimizer steps between saves.
         keep_last: newest files kept.
         keep_every: files at multiples of it are kept; None: no such rule.
@@ -103,7 +102,6 @@ class Checkpointing(pl.Callback):
         drawn_after: Callable[[int], dict[str, int]],
         frozen_prefixes: tuple[str, ...],
         paused: Callable[[], contextlib.AbstractContextManager[None]],
-        export: Callable[[], None] = lambda: None,
         *,
         every: int,
         keep_last: int,
@@ -116,7 +114,6 @@ class Checkpointing(pl.Callback):
         self.drawn_after = drawn_after
         self.frozen_prefixes = frozen_prefixes
         self.paused = paused
-        self.export = export
         self.every = every
         self.keep = {"keep_last": keep_last, "keep_every": keep_every, "keep_best": keep_best}
         self.resume = resume
@@ -161,13 +158,15 @@ class Checkpointing(pl.Callback):
                 "optimizer": trainer.optimizers[0].state_dict(),
             }
             try:
-                if state.step >= trainer.max_steps:
-                    self.export()
                 io.save(io.step_path(self.folder, state.step), content)
                 io.prune(self.folder, scores=state.scores, **self.keep)  # type: ignore[arg-type]
             except OSError as error:
                 failure = f"checkpoint of step {state.step} could not be written: {error}"
         failure = broadcast_object(failure, world)
+        if failure is not None and state.step >= trainer.max_steps:
+            raise UserError(
+                f"{failure}; make room, and the same command goes on from the one before"
+            )
         if failure is not None:
             log.error("%s; training goes on, older checkpoints are untouched", failure)
         barrier(world)

@@ -81,6 +81,8 @@ class ClipModule(StageModule):
 class ClipStage(BertTextStage):
     """The parts of `clip`."""
 
+    product = "tower.safetensors"
+
     def __init__(self, cfg: Mapping[str, Any]) -> None:
         super().__init__(cfg)
         self.loss = ItcConfig(**cfg["loss"])
@@ -126,9 +128,8 @@ class ClipStage(BertTextStage):
         batch = {"image": torch.zeros(samples, 3, size, size), **text}
         return clip_step(model, batch, self.loss)["loss"]
 
-    def export(self, model: Clip, folder: Path) -> None:
+    def export(self, model: Clip, path: Path) -> None:
         """The tower, as a file for `vision.weights`."""
-        path = folder / "tower.safetensors"
         model.save_tower(path)
         log.info(
             "the tower is in %s: vision.name=%s vision.weights=%s",

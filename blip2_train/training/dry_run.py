@@ -89,7 +89,7 @@ def estimate(stage: Stage, model: nn.Module, per_device: int) -> list[str]:
         stage.traced_loss(model, SAMPLES, whole=True).backward()
     other_flops = counter.get_total_flops() / SAMPLES
     return [
-        "memory on one device (estimate; checkpointing not counted):",
+        "memory on one device (estimate; checkpointing and quantization not counted):",
         f"  weights {weights / GB:.2f} GB, gradients and optimizer {state / GB:.2f} GB, "
         f"activations of {per_device} samples {activations / GB:.2f} GB: {total / GB:.1f} GB",
         f"arithmetic per sample: frozen tower {tower_flops / GB:.1f} GFLOP, the rest, forward and "

@@ -11,6 +11,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.strategies import DDPStrategy
+from torch import Tensor
 
 from blip2_train import distributed
 from blip2_train.checkpoint import io
@@ -102,15 +103,16 @@ def fit(cfg: Mapping[str, Any], launch: Launch) -> Path:
         check_configuration(resume, cfg, world.size)
     if resume is not None and resume["step"] >= cfg["trainer"]["max_steps"]:
         log.info("run %s is finished: step %d of %s", folder, resume["step"], path)
+        on_rank_zero(functools.partial(export_again, stage, folder, resume["model"], path), world)
         return folder
     sources, held_out = open_sources(cfg["data"]), open_validation(cfg)
+    fetch_once_per_machine(stage, launch, world)
     state = new_state(cfg, sources, stage.tokenizers(), world.size)
     if resume is not None and path is not None:
         check_data(resume, state, path)
         state.go_on_from(resume)
 
     # 3. model, data, trainer
-    fetch_once_per_machine(stage, launch, world)
     model = stage.build_model(device=torch.device("cuda", launch.local_rank) if cuda else None)
     frozen = on_rank_zero(functools.partial(stage.frozen_parts, model), world)
     check_frozen(frozen, resume, path)
@@ -143,7 +145,6 @@ def fit(cfg: Mapping[str, Any], launch: Launch) -> Path:
         stream.drawn_after,
         stage.frozen_prefixes,
         monitor.paused,
-        functools.partial(stage.export, model, folder),
         resume=resume,
         **cfg["checkpoint"],
     )
@@ -168,6 +169,7 @@ def fit(cfg: Mapping[str, Any], launch: Launch) -> Path:
 
     log.info("%s", batch)
     trainer.fit(module, train_dataloaders=feeder)
+    on_rank_zero(functools.partial(export, stage, folder, model), world)
     log.info("run %s is finished at step %d", folder, trainer.global_step)
     return folder
 
@@ -187,6 +189,39 @@ def fetch_once_per_machine(stage: Stage, launch: Launch, world: World) -> None:
     for found in distributed.gather_objects(problem, world):
         if found is not None:
             raise UserError(found)
+
+
+def export(stage: Stage, folder: Path, model: Any) -> None:
+    """Writes what other runs load, beside the checkpoints.
+
+    Raises:
+        UserError: it cannot be written; the same command tries again.
+    """
+    if stage.product is None:
+        return
+    try:
+        stage.export(model, folder / stage.product)
+    except Exception as error:  # of several libraries' writers, which fail in ways of their own
+        raise UserError(
+            f"{folder / stage.product} could not be written ({error}); make room, and give the "
+            "same command again"
+        ) from error
+
+
+def export_again(stage: Stage, folder: Path, weights: dict[str, Tensor], path: Path) -> None:
+    """Makes up for a run that was killed between its last checkpoint and its product.
+
+    Args:
+        stage: of the run.
+        folder: of the run.
+        weights: of its last checkpoint.
+        path: of that checkpoint.
+    """
+    if stage.product is None or (folder / stage.product).exists():
+        return
+    model = stage.build_model()
+    load_trained(model, weights, stage.frozen_prefixes, path)
+    export(stage, folder, model)
 
 
 def build_module(
@@ -227,7 +262,7 @@ def build_trainer(
     settings = cfg["trainer"]
     ddp = DDPStrategy(
         find_unused_parameters=False,
-        broadcast_buffers=False,  # the only buffers are the frozen tower's
+        broadcast_buffers=False,  # frozen ones are equal; others before validations (clip)
         gradient_as_bucket_view=True,
         process_group_backend="nccl" if cuda else "gloo",
     )

@@ -3,7 +3,6 @@
 import functools
 import logging
 import math
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,6 +24,7 @@ from blip2_train.data.language import (
 from blip2_train.data.language_batch import collate_documents, collate_eval_documents
 from blip2_train.data.stream import EvalStream
 from blip2_train.distributed import World, all_reduce_sum
+from blip2_train.errors import UserError
 from blip2_train.models.language import random_model, target_logits
 from blip2_train.models.lm_weights import save_model
 from blip2_train.seeding import stable_hash
@@ -90,21 +90,23 @@ class LmModule(StageModule):
 class LmStage(Stage):
     """The parts of `lm`."""
 
+    product = "model"
+
     @functools.cached_property
     def text(self) -> LanguageTokenizer:
         """The model's tokenizer."""
         settings = self.cfg["causal_lm"]
-        return load_language_tokenizer(settings["tokenizer"], settings["end"])
+        return load_language_tokenizer(settings["tokenizer"], settings["end"], "causal_lm")
 
     def tokenizers(self) -> dict[str, Any]:
         """The model's."""
-        return {"tokenizer": self.text.tokenizer}
+        return {"tokenizer": self.text}
 
     def build_model(
         self, *, shapes_only: bool = False, device: torch.device | None = None
     ) -> PreTrainedModel:
         """A model of `causal_lm.config` with this tokenizer's vocabulary."""
-        config = dict(self.cfg["causal_lm"]["config"])
+        config = dict(self.cfg["causal_lm"]["config"] or {})
         if not (shapes_only and "vocab_size" in config):
             config |= {
                 "vocab_size": len(self.text.tokenizer),
@@ -112,7 +114,19 @@ class LmStage(Stage):
                 "eos_token_id": self.text.end_id,
                 "pad_token_id": self.text.pad_id,
             }
-        return random_model(config, stable_hash("weights", self.cfg["seed"]), "causal_lm")
+        model = random_model(config, stable_hash("weights", self.cfg["seed"]), "causal_lm")
+        if model.config.is_encoder_decoder:
+            raise UserError(
+                f"causal_lm.config.model_type={config['model_type']} is an encoder-decoder; `lm` "
+                "trains decoder-only models, such as opt or llama"
+            )
+        longest = getattr(model.config, "max_position_embeddings", None)
+        if longest is not None and self.cfg["text"]["max_tokens"] > longest:
+            raise UserError(
+                f"text.max_tokens={self.cfg['text']['max_tokens']} exceeds "
+                f"causal_lm.config.max_position_embeddings={longest}; lower it"
+            )
+        return model
 
     def initialise(self, model: PreTrainedModel) -> None:
         """From `init_from`, or at random."""
@@ -145,14 +159,15 @@ class LmStage(Stage):
         """Loss of fake tensors."""
         return lm_loss_sum(model, made_up_documents(model.config.vocab_size, samples))
 
-    def export(self, model: PreTrainedModel, folder: Path) -> None:
+    def export(self, model: PreTrainedModel, path: Path) -> None:
         """The model and its tokenizer as a Hugging Face folder, for `language_model.name`."""
-        target, temporary = folder / "model", folder / f".model.{os.getpid()}.tmp"
+        temporary = path.with_name(f".{path.name}.tmp")
+        for folder in (temporary, path):  # the first may be left of a start that was killed
+            shutil.rmtree(folder, ignore_errors=True)
         save_model(model, temporary)
         self.text.tokenizer.save_pretrained(temporary)
-        shutil.rmtree(target, ignore_errors=True)
-        temporary.rename(target)
-        log.info("the model is in %s: language_model.name=%s", target, target)
+        temporary.rename(path)
+        log.info("the model is in %s: language_model.name=%s", path, path)
 
     def _documents(self) -> dict[str, Any]:
         settings = self.cfg["text"]

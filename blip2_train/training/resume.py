@@ -137,7 +137,7 @@ def check_configuration(resume: Mapping[str, Any], cfg: Mapping[str, Any], world
     Raises:
         UserError: something changed that may not.
     """
-    saved = yaml.safe_load(resume["config"])
+    saved = {"stage": "stage1", **yaml.safe_load(resume["config"])}  # 0.1 knew no other stage
     for change in compare_for_resume(saved, cfg, cfg["resume"]["allow"]):
         log.info("changed since the checkpoint: %s", change)
     if resume["world_size"] != world_size:

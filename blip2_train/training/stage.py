@@ -27,6 +27,7 @@ class Stage(abc.ABC):
     """
 
     frozen_prefixes: tuple[str, ...] = ()  # of parameters that checkpoints name and do not store
+    product: str | None = None  # file or folder that the run leaves for others to load
     text_bucket: int | None = None  # where ranks agree on the length of text (see `Feeder`)
 
     def __init__(self, cfg: Mapping[str, Any]) -> None:
@@ -63,6 +64,7 @@ class Stage(abc.ABC):
         Raises:
             UserError: it cannot be had.
         """
+        self.tokenizers()
 
     def frozen_parts(self, model: Any) -> dict[str, dict[str, str]]:
         """Identity of every frozen part, {part: {name, weights, digest}}."""
@@ -105,8 +107,8 @@ class Stage(abc.ABC):
         """The most that one sample takes inside the frozen image tower, roughly."""
         return 0
 
-    def export(self, model: Any, folder: Path) -> None:
-        """Writes what other programs load, beside the checkpoints, at the end of a run."""
+    def export(self, model: Any, path: Path) -> None:
+        """Writes `product`, whole or not at all."""
 
     def common(self, batch: BatchPlan) -> dict[str, Any]:
         """Arguments that every `StageModule` takes beside its own."""

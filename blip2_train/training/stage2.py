@@ -12,7 +12,11 @@ from torch import Tensor
 from blip2_train import losses
 from blip2_train.checkpoint.initial import init_from
 from blip2_train.config import BatchPlan
-from blip2_train.data.language import LanguageTokenizer, load_language_tokenizer
+from blip2_train.data.language import (
+    LanguageTokenizer,
+    encode_prompts,
+    load_language_tokenizer,
+)
 from blip2_train.data.language_batch import (
     collate_causal,
     collate_eval_causal,
@@ -142,10 +146,11 @@ class Stage2(Stage):
 
     def tokenizers(self) -> dict[str, Any]:
         """The language model's."""
-        return {"language model's tokenizer": self.text.tokenizer}
+        return {"language model's tokenizer": self.text}
 
     def download(self) -> None:
-        """The language model's weights."""
+        """The language model's weights and tokenizer."""
+        super().download()
         settings = self.language_settings
         if settings["weights"] == "pretrained":
             language.download(settings["name"])
@@ -180,11 +185,35 @@ class Stage2(Stage):
                 f"decoder, and language_model.name={model.name} has a decoder only; set "
                 "text.prefix=none"
             )
-        if not shapes_only and len(self.text.tokenizer) > model.vocab_size:
+        if shapes_only:
+            return
+        if len(self.text.tokenizer) > model.vocab_size:
             raise UserError(
                 f"language_model.tokenizer={self.cfg['language_model']['tokenizer']} has "
                 f"{len(self.text.tokenizer)} tokens, the model knows {model.vocab_size}; give the "
                 "tokenizer of that model"
+            )
+        self._check_lengths(model)
+
+    def _check_lengths(self, model: language.LanguageModel) -> None:
+        """That queries, prompt and caption fit, in training and in generation."""
+        longest = self.cfg["text"]["max_tokens"]
+        asked = encode_prompts([self.cfg["data"]["prompt"]], self.text, self.encoder_decoder)[0]
+        prompt = asked.shape[1]
+        if prompt + (0 if self.encoder_decoder else 2) > longest:
+            raise UserError(
+                f"text.max_tokens={longest} has no room for a caption behind "
+                f"data.prompt={self.cfg['data']['prompt']!r} of {prompt} tokens; raise it"
+            )
+        queries, said = self.cfg["qformer"]["num_query_tokens"], prompt
+        if not self.encoder_decoder and self.cfg["validation"]["every"] is not None:
+            said += self.cfg["validation"]["max_new_tokens"]
+        needed = queries + max(longest, said)
+        if model.max_positions is not None and needed > model.max_positions:
+            raise UserError(
+                f"language_model.name={model.name} reads {model.max_positions} positions, and "
+                f"{queries} queries with text.max_tokens={longest}, or prompt and "
+                f"validation.max_new_tokens, need {needed}; lower these"
             )
 
     def initialise(self, model: Blip2Stage2) -> None:

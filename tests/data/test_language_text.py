@@ -7,6 +7,7 @@
 - prompts are padded on the side where generation needs it, and generated ids become text
 """
 
+import dataclasses
 import functools
 import hashlib
 import itertools
@@ -175,10 +176,15 @@ def test_it_pickles_for_the_workers(opt):
     assert encode([LONG], copy, 9) == encode([LONG], opt, 9)
 
 
-def test_the_digest_is_that_of_the_vocabulary(opt, t5):
+def test_the_digest_knows_a_tokenizer_again(opt, t5):
     items = sorted(opt.tokenizer.get_vocab().items())
     assert tokenizer_digest(opt.tokenizer) == hashlib.sha256(repr(items).encode()).hexdigest()
     assert tokenizer_digest(opt.tokenizer) != tokenizer_digest(t5.tokenizer)
+    before = tokenizer_digest(opt)
+    opt.tokenizer(["some", "more texts"])
+    assert tokenizer_digest(opt) == before != tokenizer_digest(opt.tokenizer)
+    assert before != tokenizer_digest(dataclasses.replace(opt, start_id=None))
+    assert before != tokenizer_digest(dataclasses.replace(opt, end_id=opt.end_id + 1))
 
 
 # Decoder-only batches.
@@ -595,7 +601,7 @@ def test_a_download_takes_no_weights(folder, tmp_path, monkeypatch):
 
     asked = {}
 
-    def download(name, allow_patterns):
+    def download(name, revision, allow_patterns):
         asked[name] = allow_patterns
         return str(folder / "opt")
 

@@ -7,6 +7,8 @@ leave is what stage 1 and stage 2 load; frozen parts stay bit for bit as they we
 checkpoints; OPT, T5, Llama and Qwen, int8 and checkpointing; wrong input ends with one sentence.
 """
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,10 @@ LANGUAGE_MODELS = {
 
 def model_of(name: str) -> dict[str, str]:
     return {"language_model.config": LANGUAGE_MODELS[name]}
+
+
+def without(overrides: list[str], key: str) -> list[str]:
+    return [override for override in overrides if not override.startswith(key)]
 
 
 @pytest.fixture(scope="session")
@@ -103,7 +109,11 @@ def test_stage_0_leaves_what_stages_1_and_2_load(
     assert train_in_process([*tiny_run(shards, tmp_path, "stage1", **short), *tower]) == 0
     checkpoint = tmp_path / "stage1" / "checkpoints" / "step-00000002.ckpt"
     stage2 = [
-        *(o for o in tiny_stage_runs(shards, tmp_path)["stage2"] if "language_model" not in o),
+        *(
+            o
+            for o in tiny_stage_runs(shards, tmp_path)["stage2"]
+            if not o.startswith("language_model")
+        ),
         *tower,
         "language_model=pretrained",
         f"language_model.name={stage0 / 'lm' / 'model'}",
@@ -190,7 +200,11 @@ def test_checkpointing_changes_nothing(name: str, shards: Path, tmp_path: Path) 
 def test_int8_on_a_cpu(stage0: Path, shards: Path, tmp_path: Path) -> None:
     pytest.importorskip("torchao")
     overrides = [
-        *(o for o in tiny_stage_runs(shards, tmp_path)["stage2"] if "language_model" not in o),
+        *(
+            o
+            for o in tiny_stage_runs(shards, tmp_path)["stage2"]
+            if not o.startswith("language_model")
+        ),
         "language_model=pretrained",
         f"language_model.name={stage0 / 'lm' / 'model'}",
         "language_model.dtype=float32",
@@ -283,3 +297,96 @@ def test_what_stage_2_refuses(
 ) -> None:
     overrides = [*tiny_stage_runs(shards, tmp_path)["stage2"], *changes]
     assert message in refusal(overrides, capsys)
+
+
+def test_a_run_killed_before_its_product_makes_up_for_it(
+    shards: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The last checkpoint is safe whatever becomes of the product, and the product comes after."""
+    for stage, product in (("lm", "model/config.json"), ("clip", "tower.safetensors")):
+        overrides = [*tiny_stage_runs(shards, tmp_path)[stage], f"run.name={stage}"]
+        overrides += ["trainer.max_steps=2", "validation.every=null"]
+
+        def full(*_: Any) -> None:
+            raise OSError("disk full")
+
+        with monkeypatch.context() as patch:
+            patch.setattr("blip2_train.training.lm.save_model", full)
+            patch.setattr("blip2_train.models.clip.Clip.save_tower", full)
+            assert train_in_process(overrides) == 2
+        assert "could not be written (disk full)" in capsys.readouterr().err
+        assert last_checkpoint(tmp_path / stage)["step"] == 2
+        assert not (tmp_path / stage / product).exists()
+        assert train_in_process(overrides) == 0
+        assert (tmp_path / stage / product).is_file()
+
+
+def test_what_lm_refuses(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lm = tiny_stage_runs(shards, tmp_path)["lm"]
+    positions = refusal([*lm, "text.max_tokens=400"], capsys)
+    assert "causal_lm.config.max_position_embeddings=256" in positions
+    assert "causal_lm.end" in refusal([*lm, "causal_lm.end=two words"], capsys)
+    missing = refusal(
+        [*(o for o in lm if not o.startswith("causal_lm.tokenizer")), "data.root=/nowhere"], capsys
+    )
+    assert "causal_lm.tokenizer=/nowhere" in missing
+    other = ["causal_lm=any", *without(lm, "causal_lm.config")]
+    assert "model_type" in refusal(other, capsys)
+    t5 = "causal_lm.config={model_type: t5, d_model: 16, num_layers: 1, num_heads: 1}"
+    assert "encoder-decoder" in refusal([*other, t5], capsys)
+    llama = "{model_type: llama, hidden_size: 16, intermediate_size: 16, num_hidden_layers: 1, "
+    llama += "num_attention_heads: 1}"
+    assert train_in_process([*other, f"causal_lm.config={llama}", "trainer.max_steps=2"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"text.max_tokens": 70}, "reads 64 positions"),
+        ({"validation.max_new_tokens": 100}, "reads 64 positions"),
+        ({"data.prompt": "a b c d e f g h i j k l m n", "text.max_tokens": 8}, "no room"),
+    ],
+)
+def test_texts_must_fit(
+    changes: dict[str, Any],
+    message: str,
+    shards: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    overrides = tiny_stage_runs(shards, tmp_path, **changes)["stage2"]
+    assert message in refusal(overrides, capsys)
+
+
+def test_stage_2_without_stage_1_may_begin_with_a_bert(
+    shards: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    from transformers import BertConfig, BertForPreTraining
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    bert = BertForPreTraining(BertConfig(vocab_size=50, intermediate_size=64, **sizes))
+    bert.save_pretrained(tmp_path / "bert")
+    changes = {"init": "bert", "qformer.init": tmp_path / "bert", "trainer.max_steps": 1}
+    overrides = tiny_stage_runs(shards, tmp_path, **changes)["stage2"]
+    assert train_in_process([*overrides, "validation.every=null"]) == 0
+    assert "layers.self_attention.query" in caplog.text and "bert " in caplog.text
+
+
+def test_another_tokenizer_is_refused_on_resume(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same vocabulary, but words are no longer written small."""
+    overrides = [*tiny_stage_runs(shards, tmp_path)["lm"], "validation.every=null"]
+    assert train_in_process([*overrides, "trainer.max_steps=2", "run.name=refused"]) == 0
+    other = tmp_path / "tokenizer"
+    shutil.copytree(shards / "tokenizer", other)
+    settings = other / "tokenizer_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"do_lower_case": False}))
+    allow = ["trainer.max_steps=4", "resume.allow=[trainer.max_steps]"]
+    changed = [o for o in overrides if not o.startswith("causal_lm.tokenizer")] + [
+        f"causal_lm.tokenizer={other}"
+    ]
+    assert "tokenizer is not the one" in refusal([*changed, *allow], capsys)

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from runs import (
     assert_equal_states,
     assert_same_end,
@@ -150,6 +151,19 @@ def test_what_may_not_change_on_resume(
     assert train_in_process([*overrides, *extra, change]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and message in error
+
+
+def test_a_checkpoint_of_before_there_were_stages_goes_on(shards: Path, tmp_path: Path) -> None:
+    overrides = tiny_run(shards, tmp_path, "old", **{"validation.every": "null"})
+    assert train_in_process([*overrides, "trainer.max_steps=2"]) == 0
+    path = tmp_path / "old" / "checkpoints" / "step-00000002.ckpt"
+    content = io.load(path)
+    config = yaml.safe_load(content["config"])
+    assert config.pop("stage") == "stage1"
+    io.save(path, content | {"config": yaml.safe_dump(config)})
+    more = ["trainer.max_steps=4", "resume.allow=[trainer.max_steps]"]
+    assert train_in_process([*overrides, *more]) == 0
+    assert last_checkpoint(tmp_path / "old")["step"] == 4
 
 
 def test_an_allowed_change_goes_through(shards: Path, tmp_path: Path) -> None:
