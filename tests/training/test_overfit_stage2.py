@@ -59,12 +59,17 @@ def test_32_real_pairs_are_learned_by_heart(
     monkeypatch.setattr(
         "blip2_train.training.validation.draw_sheet", lambda rows, *_: seen.extend(rows)
     )
-    stage2 = ["vision=tiny_random", "init=random", "trainer.max_steps=400"]
-    stage2 += ["validation.every=400", f"validation.samples={PAIRS}"]
+    stage2 = ["vision=tiny_random", "init=random", "trainer.max_steps=400", "text.max_tokens=48"]
+    stage2 += [
+        "validation.every=400",
+        f"validation.samples={PAIRS}",
+        "validation.max_new_tokens=48",
+    ]
     assert train_in_process(["experiment=stage2_flickr8k_tiny", *stage2, *common]) == 0
     learned = last_metrics(tmp_path / "stage2_flickr8k_tiny" / "metrics.csv")["val"]
-    right = [row.caption == row.truth[0] for row in seen]
-    print(learned, sum(right), [(row.caption, row.truth[0]) for row in seen[:4]])
+    # but for spaces: the tokenizer writes "red , green" as "red, green"
+    right = [row.caption.replace(" ", "") == row.truth[0].replace(" ", "") for row in seen]
+    print(learned, sum(right))
     assert len(right) == PAIRS and all(right)
     assert learned["loss_lm"] < 0.35  # of it 0.2 for the start token, which this model never wrote
     assert learned["grounding_gap"] > 1
