@@ -145,8 +145,22 @@ class ImageEncoder(nn.Module):
                     f"{weights}; set {KEY}.position=learned"
                 )
             _sincos_positions(name, self.tower)
-        if gradient_checkpointing:
-            _checkpoint_gradients(name, self.tower)
+        self.gradient_checkpointing = gradient_checkpointing
+
+    @property
+    def gradient_checkpointing(self) -> bool:
+        """Whether blocks are recomputed in the backward pass.
+
+        Raises:
+            UserError: it is set and the tower cannot.
+        """
+        return self._gradient_checkpointing
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, on: bool) -> None:
+        if on or getattr(self, "_gradient_checkpointing", False):
+            _checkpoint_gradients(self.name, self.tower, on)
+        self._gradient_checkpointing = on
 
     @property
     def dtype(self) -> torch.dtype:
@@ -263,9 +277,9 @@ def _sincos_positions(name: str, tower: nn.Module) -> None:
         table[0, -patches:] = SINCOS_SCALE * values
 
 
-def _checkpoint_gradients(name: str, tower: nn.Module) -> None:
+def _checkpoint_gradients(name: str, tower: nn.Module, on: bool) -> None:
     try:
-        tower.set_grad_checkpointing(True)  # type: ignore[operator]
+        tower.set_grad_checkpointing(on)  # type: ignore[operator]
     except (AttributeError, AssertionError) as error:  # what timm says where it cannot
         raise UserError(
             f"{KEY}.gradient_checkpointing=true is not possible with {name}; set it to false"

@@ -23,8 +23,9 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from blip2_train.errors import UserError
-from blip2_train.models import lm_weights
+from blip2_train.models import lm_identity, lm_weights
 from blip2_train.models.freezing import Frozen
+from blip2_train.models.lm_masks import close, find_form, mask_inputs
 from blip2_train.models.lm_weights import download, random_model
 
 __all__ = ["LanguageModel", "download", "random_model", "target_logits"]
@@ -111,11 +112,13 @@ class LanguageModel(Frozen):
         self.freeze()
         if quantization == "torchao_int4":
             _let_gradients_through(self.lm)
-        if gradient_checkpointing:
-            _checkpoint_blocks(self.lm)
+        self.gradient_checkpointing = gradient_checkpointing
+        self._checkpoint_blocks()
         self._rows_only = True
+        self._mask_form = "rows"
         if not lm_weights.on_meta():
             self._rows_only = self._head_takes_rows()
+            self._mask_form = find_form(self.lm)
 
     def _build(
         self,
@@ -133,7 +136,8 @@ class LanguageModel(Frozen):
         if lm_weights.on_meta():
             lm_weights.cast(lm, dtype)
             return lm
-        self._digest = lm_weights.state_digest(lm.state_dict())  # before any rounding
+        weights = lm_identity.state_digest(lm.state_dict())  # before any rounding
+        self._digest = lm_identity.with_architecture(weights, lm.config.to_diff_dict())
         if self.quantization is not None:
             return lm_weights.quantize(
                 self.name, lm, dtype=dtype, quantization=self.quantization, device=device
@@ -152,6 +156,24 @@ class LanguageModel(Frozen):
         return lm_weights.load_model(
             self.name, self._folder, dtype=dtype, quantization=self.quantization, device=device
         )
+
+    def _checkpoint_blocks(self) -> None:
+        """Has each block recomputed in the backward pass while `gradient_checkpointing` is set.
+
+        The library does so in training mode only, in which a frozen model would drop activations.
+        """
+
+        def checkpointed(forward: Callable, *args: Any, **kwargs: Any) -> Any:
+            if not (self.gradient_checkpointing and torch.is_grad_enabled()):
+                return forward(*args, **kwargs)
+            # nothing is drawn in eval mode, so there is no random state to bring back
+            return checkpoint(
+                forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs
+            )
+
+        for module in self.lm.modules():
+            if isinstance(module, GradientCheckpointingLayer):
+                module.forward = functools.partial(checkpointed, module.forward)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -191,11 +213,15 @@ class LanguageModel(Frozen):
         """
         inputs: dict[str, Any] = {
             "inputs_embeds": inputs_embeds.to(self.dtype),
-            "attention_mask": attention_mask,
+            **mask_inputs(
+                self._mask_form,
+                attention_mask,
+                decoder_attention_mask,
+                encoder_decoder=self.is_encoder_decoder,
+            ),
         }
         if self.is_encoder_decoder:
             inputs["decoder_input_ids"] = decoder_input_ids
-            inputs["decoder_attention_mask"] = decoder_attention_mask
         with torch.autocast(inputs_embeds.device.type, enabled=False):
             if self._rows_only:
                 return target_logits(self.lm, index, **inputs)
@@ -217,7 +243,7 @@ class LanguageModel(Frozen):
         from_tokens = self.lm(**inputs, input_ids=ids, use_cache=False).logits
         inputs["inputs_embeds"] = self.embed(ids)
         full = self.lm(**inputs, use_cache=False).logits
-        if not _close(full, from_tokens):
+        if not close(full, from_tokens):
             raise UserError(
                 f"language_model.name={self.name} cannot be used: its output for token embeddings "
                 "is not that for the tokens; take another model"
@@ -228,7 +254,7 @@ class LanguageModel(Frozen):
         except Exception as error:  # whatever a head that wants three dimensions runs into
             reason = str(error)
         else:
-            if _close(rows, full.flatten(0, 1)[index]):
+            if close(rows, full.flatten(0, 1)[index]):
                 return True
             reason = "the logits differ"
         log.info(
@@ -280,10 +306,10 @@ class LanguageModel(Frozen):
         Raises:
             UserError: there is no search for so many captions.
         """
-        if top_p is None and num_captions > num_beams:
+        if num_captions > num_beams and (top_p is None or num_beams > 1):
             raise UserError(
                 f"num_captions={num_captions} is more than num_beams={num_beams} can give; raise "
-                "num_beams, or sample with top_p"
+                "num_beams, or sample with top_p and one beam"
             )
         settings = GenerationConfig(
             max_new_tokens=max_new_tokens,
@@ -310,11 +336,12 @@ class LanguageModel(Frozen):
     def identity(self) -> dict[str, str]:
         """What a checkpoint records in place of the weights: name, revision, weights, digest.
 
-        The digest is over the weight files, or over random weights before they were rounded.
+        The digest is over the weight files, or over random weights before they were rounded, and
+        over the configuration, as far as it changes what is computed.
         """
         revision = ""
         if self._folder is not None:
-            self._digest = self._digest or lm_weights.files_digest(self._folder)
+            self._digest = self._digest or lm_identity.files_digest(self._folder)
             if self._folder.parent.name == "snapshots":  # of the hub's cache
                 revision = self._folder.name
         return {
@@ -366,31 +393,6 @@ def _decoder_start(lm: PreTrainedModel) -> int | None:
             "language_model.config.decoder_start_token_id"
         )
     return token
-
-
-def _close(ours: Tensor, theirs: Tensor) -> bool:
-    """Equal but for the order of sums; half precision rounds results of the same product apart."""
-    tolerance = 1e-4 if ours.dtype in (torch.float32, torch.float64) else 3e-2
-    if ours.shape != theirs.shape:
-        return False
-    return bool((ours - theirs).abs().max() <= tolerance * theirs.abs().max())
-
-
-def _checkpoint_blocks(lm: nn.Module) -> None:
-    """Recomputes each block in the backward pass.
-
-    The library does so in training mode only, in which a frozen model would drop activations.
-    """
-    for module in lm.modules():
-        if isinstance(module, GradientCheckpointingLayer):
-            module.forward = functools.partial(_checkpointed, module.forward)
-
-
-def _checkpointed(forward: Callable, *args: Any, **kwargs: Any) -> Any:
-    if not torch.is_grad_enabled():
-        return forward(*args, **kwargs)
-    # nothing is drawn in eval mode, so there is no random state to bring back
-    return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
 
 def _let_gradients_through(lm: nn.Module) -> None:

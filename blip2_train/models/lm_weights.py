@@ -7,11 +7,9 @@ unpickled: `weights_only=True`). No code that comes with a model is run.
 import contextlib
 import difflib
 import fnmatch
-import hashlib
 import importlib.util
 import json
 import logging
-import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -20,7 +18,7 @@ from typing import Any
 import huggingface_hub
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -31,6 +29,7 @@ from transformers import (
 )
 
 from blip2_train.errors import UserError
+from blip2_train.models.lm_identity import WEIGHTS, weight_files
 
 log = logging.getLogger(__name__)
 
@@ -43,8 +42,6 @@ QUANTIZATIONS = {
 }
 # Of the hub's files, those that a model and its tokenizer are made of, weights aside.
 FILES = ["*.json", "*.txt", "*.model"]
-# Its weights: the first of these patterns that it has files of. OPT has torch files alone.
-WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 # Keys of a configuration that the library takes though not every model has them.
 COMMON_KEYS = {"decoder_start_token_id", "bos_token_id", "eos_token_id", "pad_token_id"}
 T5_FAMILY = ("t5", "mt5", "umt5")
@@ -68,11 +65,6 @@ def download(name: str) -> Path:
         if _is_complete(folder):
             return folder
     return _snapshot(name, local_files_only=False)
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The files that a model's weights are read from, sorted by name."""
-    return next((found for kind in WEIGHTS if (found := sorted(folder.glob(kind)))), [])
 
 
 def parse_config(settings: Mapping[str, Any], setting: str = "language_model") -> PreTrainedConfig:
@@ -312,30 +304,6 @@ def check_packages(quantization: str) -> None:
         )
 
 
-def state_digest(state: Mapping[str, Tensor]) -> str:
-    """SHA-256 of weights in memory."""
-    sha = hashlib.sha256()
-    for key, value in sorted(state.items()):
-        sha.update(key.encode())
-        sha.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return sha.hexdigest()
-
-
-def files_digest(folder: Path) -> str:
-    """SHA-256 over the names and SHA-256 of the weight files.
-
-    The hub's cache names a large file's content after its SHA-256: such a file is not read.
-    """
-    sha = hashlib.sha256()
-    for path in weight_files(folder):
-        content = path.resolve().name
-        if not re.fullmatch(r"[0-9a-f]{64}", content):
-            with path.open("rb") as file:
-                content = hashlib.file_digest(file, "sha256").hexdigest()
-        sha.update(f"{path.name} {content}\n".encode())
-    return sha.hexdigest()
-
-
 def on_meta() -> bool:
     """Whether tensors are being made on the meta device, without values."""
     return torch.empty(0).device.type == "meta"
@@ -371,8 +339,20 @@ def _quantization_config(quantization: str, dtype: torch.dtype) -> Any:
 
 
 def _local(name: str) -> Path | None:
+    """The folder of this name, None where it must be an id of the hub.
+
+    Raises:
+        UserError: it reads like a path, and there is no such folder.
+    """
     folder = Path(name).expanduser()
-    return folder if folder.is_dir() else None
+    if folder.is_dir():
+        return folder
+    if folder.is_absolute() or name.startswith((".", "~")) or len(folder.parts) > 2:
+        raise UserError(
+            f"language_model.name={name}: there is no such folder; name one that save_pretrained "
+            "or stage `lm` (experiment=lm_flickr8k_tiny) wrote, or a hub id"
+        )
+    return None
 
 
 def _is_complete(folder: Path) -> bool:

@@ -26,6 +26,7 @@ from blip2_train.data.stream import EvalStream
 from blip2_train.distributed import World, all_reduce_sum
 from blip2_train.errors import UserError
 from blip2_train.models.language import random_model, target_logits
+from blip2_train.models.lm_masks import find_form, mask_inputs
 from blip2_train.models.lm_weights import save_model
 from blip2_train.seeding import stable_hash
 from blip2_train.training.meter import Level, Meter, describe_losses
@@ -37,19 +38,22 @@ from blip2_train.training.validation import Evaluator, Findings
 log = logging.getLogger(__name__)
 
 
-def lm_loss_sum(model: PreTrainedModel, batch: Mapping[str, Any]) -> Tensor:
+def lm_loss_sum(
+    model: PreTrainedModel, batch: Mapping[str, Any], mask_form: str = "rows"
+) -> Tensor:
     """Cross-entropy of each token given those before it, summed over a batch of documents.
 
     Args:
         model: causal language model.
         batch: `input_ids` and `attention_mask` int64 [B, T], right-padded; `lm_index` int64 [M],
             flat positions of the tokens to predict; `lm_targets` int64 [M], these tokens.
+        mask_form: how the model is told what is padding, see `lm_masks`.
     """
     logits = target_logits(
         model,
         batch["lm_index"] - 1,  # each token is predicted from the one before
         input_ids=batch["input_ids"],
-        attention_mask=batch["attention_mask"],
+        **mask_inputs(mask_form, batch["attention_mask"]),
     )
     return losses.lm_loss_sum(logits, batch["lm_targets"], smoothing=0.0)
 
@@ -66,10 +70,11 @@ class LmModule(StageModule):
     def __init__(self, model: PreTrainedModel, *, normalise: str, **common: Any) -> None:
         super().__init__(model, meter=Meter(("loss_lm",)), **common)
         self.normalise = normalise
+        self.mask_form = find_form(model)
 
     def step(self, batch: dict[str, Any], step: int, part: int, world: World) -> dict[str, Tensor]:
         """Loss per token of one batch of documents."""
-        total = lm_loss_sum(self.model, batch)
+        total = lm_loss_sum(self.model, batch, self.mask_form)
         count = torch.full((), len(batch["lm_targets"]), device=total.device)
         out = mean_losses({"loss_lm": total}, {"loss_lm": count}, self.normalise, world)
         return {"loss": out["loss_lm"], **out}

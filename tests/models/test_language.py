@@ -10,6 +10,7 @@ quantized, with an identity that tells them apart; what cannot be had is named i
 
 import json
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from blip2_train.errors import UserError
-from blip2_train.models import language, lm_weights
+from blip2_train.models import language, lm_identity, lm_weights
 from blip2_train.models.language import LanguageModel, download, random_model, target_logits
 
 B, T, S, V, WIDTH = 2, 5, 4, 41, 32  # rows, positions, those of a decoder, vocabulary, width
@@ -467,6 +468,16 @@ def test_from_a_folder(
     assert download(str(folder)) == folder
 
 
+def test_the_digest_sees_what_is_done_with_the_weights(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "copy")
+    config = tmp_path / "copy" / "config.json"
+    digests = [LanguageModel(str(folder)).identity()["digest"]]
+    for change in ({"transformers_version": "9"}, {"activation_function": "gelu"}):
+        config.write_text(json.dumps(json.loads(config.read_text()) | change))
+        digests.append(LanguageModel(str(tmp_path / "copy")).identity()["digest"])
+    assert digests[0] == digests[1] != digests[2]
+
+
 def test_the_digest_sees_one_weight(folder: Path, tmp_path: Path) -> None:
     state = load_file(folder / "model.safetensors")
     (tmp_path / "config.json").write_text((folder / "config.json").read_text())
@@ -503,7 +514,7 @@ def test_from_the_hubs_cache(cache: Path) -> None:
 
     blob = (cache / "model.safetensors").resolve()
     blob.write_bytes(b"")  # its name is the content's SHA-256: it is not read again
-    assert lm_weights.files_digest(cache) == model.identity()["digest"]
+    assert lm_identity.files_digest(cache) == model.identity()["digest"]
     (cache / "model.safetensors").unlink()  # only the tokenizer was fetched: asks the network
     with pytest.raises(UserError, match=r"name=own/model is no local folder, and the .* hub"):
         LanguageModel("own/model")
@@ -518,7 +529,7 @@ def test_torch_files_are_read_where_there_is_nothing_better(
     torch.save(state, cache / "pytorch_model.bin")
     model = LanguageModel("own/model", dtype="float32")
     assert model.lm.lm_head.weight.equal(tiny("opt").lm.lm_head.weight)
-    assert model.identity()["digest"] == lm_weights.files_digest(cache)
+    assert model.identity()["digest"] == lm_identity.files_digest(cache)
 
     asked = []
     (cache / "pytorch_model.bin").unlink()
@@ -618,7 +629,7 @@ def test_bitsandbytes(quantization: str) -> None:
     [
         ({}, "language_model.name is missing: give a folder or a hub id"),
         ({"config": CONFIGS["opt"]}, "language_model.name is missing"),
-        ({"name": "/no/such"}, "name=/no/such is no local folder, and the Hugging Face hub"),
+        ({"name": "/no/such"}, "name=/no/such: there is no such folder"),
         ({"name": "no/such"}, "name=no/such is no local folder.*without a network give a folder"),
         ({"name": "x", "weights": "half"}, "weights=half is not one of pretrained, random"),
         ({"name": "x", "dtype": "int8"}, "dtype=int8 is not one of float32, bfloat16, float16"),
