@@ -15,8 +15,7 @@ from typing import Any
 import pytest
 import torch
 from tiny import run_command, tiny_run, tiny_stage_runs, train_in_process
-
-from runs import assert_same_end, kill_in_the_middle, last_checkpoint, one_thread, rows
+from whole_runs import assert_same_end, kill_in_the_middle, last_checkpoint, one_thread, rows
 
 STAGES = ("stage2", "clip", "lm")
 DROPOUT = {

@@ -18,7 +18,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from runs import (
+from tiny import command, run_command, tiny_run, train_in_process
+from whole_runs import (
     assert_equal_states,
     assert_same_end,
     kill_in_the_middle,
@@ -26,7 +27,6 @@ from runs import (
     one_thread,
     rows,
 )
-from tiny import command, run_command, tiny_run, train_in_process
 
 from blip2_train.checkpoint import io
 from blip2_train.prepare import main as prepare
