@@ -25,7 +25,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from blip2_train.errors import UserError
 from blip2_train.models import lm_identity, lm_weights
 from blip2_train.models.freezing import Frozen
-from blip2_train.models.lm_masks import close, find_form, mask_inputs
+from blip2_train.models.lm_masks import close, find_form, mask_inputs, window
 from blip2_train.models.lm_weights import download, random_model
 
 __all__ = ["LanguageModel", "download", "random_model", "target_logits"]
@@ -113,12 +113,15 @@ class LanguageModel(Frozen):
         if quantization == "torchao_int4":
             _let_gradients_through(self.lm)
         self.gradient_checkpointing = gradient_checkpointing
-        self._checkpoint_blocks()
+        for module in self.lm.modules():
+            if isinstance(module, GradientCheckpointingLayer):
+                module.forward = functools.partial(self._run_block, module.forward)
         self._rows_only = True
         self._mask_form = "rows"
+        self._window = window(self.lm)
         if not lm_weights.on_meta():
             self._rows_only = self._head_takes_rows()
-            self._mask_form = find_form(self.lm)
+            self._mask_form = find_form(self.lm, self._window)
 
     def _build(
         self,
@@ -157,23 +160,15 @@ class LanguageModel(Frozen):
             self.name, self._folder, dtype=dtype, quantization=self.quantization, device=device
         )
 
-    def _checkpoint_blocks(self) -> None:
-        """Has each block recomputed in the backward pass while `gradient_checkpointing` is set.
+    def _run_block(self, forward: Callable, *args: Any, **kwargs: Any) -> Any:
+        """One block, recomputed in the backward pass while `gradient_checkpointing` is set.
 
         The library does so in training mode only, in which a frozen model would drop activations.
         """
-
-        def checkpointed(forward: Callable, *args: Any, **kwargs: Any) -> Any:
-            if not (self.gradient_checkpointing and torch.is_grad_enabled()):
-                return forward(*args, **kwargs)
-            # nothing is drawn in eval mode, so there is no random state to bring back
-            return checkpoint(
-                forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs
-            )
-
-        for module in self.lm.modules():
-            if isinstance(module, GradientCheckpointingLayer):
-                module.forward = functools.partial(checkpointed, module.forward)
+        if not (self.gradient_checkpointing and torch.is_grad_enabled()):
+            return forward(*args, **kwargs)
+        # nothing is drawn in eval mode, so there is no random state to bring back
+        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -211,10 +206,11 @@ class LanguageModel(Frozen):
         Returns:
             [M, V]: what stands after position t (s) according to the model.
         """
+        fits = self._window is None or inputs_embeds.shape[1] <= self._window
         inputs: dict[str, Any] = {
             "inputs_embeds": inputs_embeds.to(self.dtype),
             **mask_inputs(
-                self._mask_form,
+                self._mask_form if fits else "rows",
                 attention_mask,
                 decoder_attention_mask,
                 encoder_decoder=self.is_encoder_decoder,
@@ -304,33 +300,41 @@ class LanguageModel(Frozen):
             int64 [B * num_captions, <= max_new_tokens], new tokens only; a row's stand together.
 
         Raises:
-            UserError: there is no search for so many captions.
+            UserError: there is no search for so many captions, or a setting is out of range.
         """
         if num_captions > num_beams and (top_p is None or num_beams > 1):
             raise UserError(
                 f"num_captions={num_captions} is more than num_beams={num_beams} can give; raise "
                 "num_beams, or sample with top_p and one beam"
             )
-        settings = GenerationConfig(
-            max_new_tokens=max_new_tokens,
-            min_new_tokens=min_new_tokens,
-            num_beams=num_beams,
-            do_sample=top_p is not None,
-            length_penalty=length_penalty,
-            repetition_penalty=repetition_penalty,
-            num_return_sequences=num_captions,
-            eos_token_id=end_token_id,
-            pad_token_id=pad_token_id,
-            decoder_start_token_id=self.decoder_start_token_id,
-            # the library's default of 50 candidates would cut the nucleus
-            **({} if top_p is None else {"top_p": top_p, "top_k": 0, "temperature": temperature}),
-        )
-        with torch.autocast(inputs_embeds.device.type, enabled=False):
-            ids = self.lm.generate(  # type: ignore[operator]
-                inputs_embeds=inputs_embeds.to(self.dtype),
-                attention_mask=attention_mask,
-                generation_config=settings,
+        try:
+            settings = GenerationConfig(
+                max_new_tokens=max_new_tokens,
+                min_new_tokens=min_new_tokens,
+                num_beams=num_beams,
+                do_sample=top_p is not None,
+                length_penalty=length_penalty,
+                repetition_penalty=repetition_penalty,
+                num_return_sequences=num_captions,
+                eos_token_id=end_token_id,
+                pad_token_id=pad_token_id,
+                decoder_start_token_id=self.decoder_start_token_id,
+                # the library's default of 50 candidates would cut the nucleus
+                **(
+                    {}
+                    if top_p is None
+                    else {"top_p": top_p, "top_k": 0, "temperature": temperature}
+                ),
             )
+            with torch.autocast(inputs_embeds.device.type, enabled=False):
+                ids = self.lm.generate(  # type: ignore[operator]
+                    inputs_embeds=inputs_embeds.to(self.dtype),
+                    attention_mask=attention_mask,
+                    generation_config=settings,
+                )
+        except ValueError as error:  # the library's checks of each setting
+            reason = str(error).splitlines()[0]
+            raise UserError(f"captions cannot be searched with these settings: {reason}") from error
         return ids[:, 1:] if self.is_encoder_decoder else ids
 
     def identity(self) -> dict[str, str]:

@@ -53,8 +53,20 @@ def mask_inputs(
     return {"attention_mask": attention_mask if form == "rows" else None}
 
 
+def window(lm: PreTrainedModel) -> int | None:
+    """How far back the shortest-sighted layer sees, None where all see everything.
+
+    One square mask is for all layers alike: of a longer input it would show such a layer too much.
+    """
+    keys = ("sliding_window", "attention_chunk_size")
+    found = [size for key in keys if (size := getattr(lm.config, key, None)) is not None]
+    if not found and set(getattr(lm.config, "layer_types", None) or ()) - {"full_attention"}:
+        return 0  # layers of another kind, whose sight nothing tells
+    return min(found, default=None)
+
+
 @torch.no_grad()
-def find_form(lm: PreTrainedModel) -> str:
+def find_form(lm: PreTrainedModel, longest: int | None = None) -> str:
     """The best of `FORMS` that this model understands.
 
     It must give the logits that the plain mask gives, and what stands in the padding must not
@@ -62,7 +74,10 @@ def find_form(lm: PreTrainedModel) -> str:
 
     Args:
         lm: on a real device; its mode is left as it was.
+        longest: positions of the longest input, None if any length may come.
     """
+    sight = window(lm)
+    sees_all = sight is None or (longest is not None and longest <= sight)
     training = lm.training
     lm.eval()
     device = next(lm.parameters()).device
@@ -73,6 +88,8 @@ def find_form(lm: PreTrainedModel) -> str:
     wanted = _logits(lm, "rows", ids, mask)
     waits: dict[str, int] = {}
     for form in FORMS:
+        if form == "square" and not sees_all:
+            continue
         if form == "none" and lm.config.is_encoder_decoder:
             continue
         try:
@@ -85,7 +102,13 @@ def find_form(lm: PreTrainedModel) -> str:
         if unmoved and close(found, wanted):
             waits[form] = counted.count
     lm.train(training)
-    return min(waits, key=lambda form: waits[form], default="rows")
+    form = min(waits, key=lambda form: waits[form], default="rows")
+    if waits.get(form, 1):
+        log.info(
+            "%s knows no mask that the host need not look at: it waits for the device in each pass",
+            type(lm).__name__,
+        )
+    return form
 
 
 def close(ours: Tensor, theirs: Tensor) -> bool:

@@ -347,10 +347,11 @@ def _local(name: str) -> Path | None:
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
-    if folder.is_absolute() or name.startswith((".", "~")) or len(folder.parts) > 2:
+    inside = name.count("/") == 1 and Path(name).parent.is_dir()
+    if inside or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UserError(
-            f"language_model.name={name}: there is no such folder; name one that save_pretrained "
-            "or stage `lm` (experiment=lm_flickr8k_tiny) wrote, or a hub id"
+            f"language_model.name={name}: there is no such folder; correct the path, or train the "
+            "model first (blip2-train experiment=lm_flickr8k_tiny leaves such a folder)"
         )
     return None
 

@@ -18,6 +18,7 @@ import timm
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from blip2_train.errors import UserError
 from blip2_train.models import clip
@@ -137,6 +138,23 @@ def test_checkpointing_changes_no_gradient(name: str) -> None:
     assert gradients[0].keys() == gradients[1].keys()
     for key, gradient in gradients[0].items():
         torch.testing.assert_close(gradient, gradients[1][key], msg=key)
+
+
+@pytest.mark.parametrize("name", ["test_vit", "test_resnet"])
+def test_checkpointing_can_be_switched(name: str) -> None:
+    def flops(encoder: ImageEncoder) -> int:
+        with FlopCounterMode(display=False) as counter:
+            encoder(images(64)).sum().backward()
+        return counter.get_total_flops()
+
+    plain = ImageEncoder(name, image_size=64)
+    lean = ImageEncoder(name, image_size=64, gradient_checkpointing=True)
+    usual, more = flops(plain), flops(lean)
+    assert more > usual
+    for on in (False, True):
+        lean.gradient_checkpointing = plain.gradient_checkpointing = on
+        assert lean.gradient_checkpointing is on
+        assert flops(lean) == flops(plain) == (more if on else usual)
 
 
 @pytest.mark.parametrize(

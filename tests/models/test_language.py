@@ -8,8 +8,10 @@ own where it should, and no float16. Weights come from a seed, a folder or the h
 quantized, with an identity that tells them apart; what cannot be had is named in a UserError.
 """
 
+import copy
 import json
 import logging
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -20,10 +22,12 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from blip2_train.errors import UserError
 from blip2_train.models import language, lm_identity, lm_weights
 from blip2_train.models.language import LanguageModel, download, random_model, target_logits
+from blip2_train.models.lm_masks import find_form
 
 B, T, S, V, WIDTH = 2, 5, 4, 41, 32  # rows, positions, those of a decoder, vocabulary, width
 DECODER = {
@@ -225,6 +229,74 @@ def test_checkpointing_changes_nothing(kind: str) -> None:
     assert passes == 3
 
 
+def flops(model: LanguageModel) -> int:
+    """Of a forward and a backward pass."""
+    with FlopCounterMode(display=False) as counter:
+        model.logits(**inputs(model)).sum().backward()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("kind", ["opt", "llama", "flan_t5"])
+def test_checkpointing_can_be_switched(kind: str) -> None:
+    plain, lean = tiny(kind), tiny(kind, gradient_checkpointing=True)
+    usual, more = flops(plain), flops(lean)
+    assert lean.gradient_checkpointing and not plain.gradient_checkpointing and more > usual
+    copies = [copy.deepcopy(lean), pickle.loads(pickle.dumps(lean))]
+    lean.gradient_checkpointing, plain.gradient_checkpointing = False, True
+    assert (flops(lean), flops(plain)) == (usual, more)
+    for own in copies:  # a copy has a switch of its own
+        assert flops(own) == more
+        own.gradient_checkpointing = False
+        assert flops(own) == usual
+
+
+@pytest.mark.parametrize("model_type", ["mistral", "gemma3_text", "qwen2"])
+@pytest.mark.parametrize("window", [3, 8])
+@torch.no_grad()
+def test_sliding_windows_are_kept(model_type: str, window: int) -> None:
+    """Of an input longer than the window, one mask for all layers would show too much."""
+    sizes = {key: value for key, value in DECODER.items() if key != "head_dim"}
+    config = {"model_type": model_type, **sizes, "sliding_window": window}
+    if model_type == "qwen2":
+        config |= {"use_sliding_window": True, "max_window_layers": 0}
+    model = LanguageModel(config=config, weights="random", dtype="float32").double()
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            nn.init.normal_(parameter, std=0.4)
+    assert model._mask_form == "square" or window == 3
+    assert find_form(model.lm) != "square"  # any length may come
+    for length in (6, 8, 12):
+        embeds = torch.randn(B, length, WIDTH, dtype=torch.float64)
+        mask = (torch.arange(length) < torch.tensor([[length], [length - 2]])).long()
+        index = mask.flatten().nonzero().flatten()
+        wanted = model.lm(inputs_embeds=embeds, attention_mask=mask).logits.flatten(0, 1)[index]
+        torch.testing.assert_close(model.logits(embeds, mask, index), wanted)
+
+
+def test_models_that_take_plain_masks_alone(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def strict(*args: Any) -> nn.Module:
+        lm = random_model(*args)
+        forward = lm.forward
+
+        def plain(*args: Any, attention_mask: Tensor | None, **kwargs: Any) -> Any:
+            if attention_mask is None or attention_mask.ndim != 2:
+                raise ValueError("two dimensions, please")
+            return forward(*args, attention_mask=attention_mask, **kwargs)
+
+        monkeypatch.setattr(lm, "forward", plain)
+        return lm
+
+    monkeypatch.setattr(language, "random_model", strict)
+    with caplog.at_level(logging.INFO):
+        model = tiny("llama")
+    assert model._mask_form == "rows" and "waits for the device in each pass" in caplog.text
+    given = inputs(model)
+    wanted = all_logits(model, given).flatten(0, 1)[given["index"]]
+    torch.testing.assert_close(model.logits(**given), wanted)
+
+
 def test_autocast_does_not_reach_it() -> None:
     model = tiny("opt")
     given = inputs(model)
@@ -322,6 +394,25 @@ def test_beams_and_samples() -> None:
     assert narrow.equal(greedy.repeat_interleave(5, dim=0))
     with pytest.raises(UserError, match="num_captions=3 is more than num_beams=2 can give"):
         model.generate(**given, **ENDS, num_beams=2, num_captions=3)
+    drawn = model.generate(**given, **ENDS, top_p=0.9, num_beams=3, num_captions=3)
+    assert drawn.shape[0] == 3 * B
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"num_beams": 3, "top_p": 0.9, "num_captions": 5}, "num_captions=5 is more than num_beam"),
+        ({"top_p": 0.9, "temperature": 0.0}, "these settings: `temperature`"),
+        ({"top_p": -1.0}, "these settings: `top_p`"),
+        ({"repetition_penalty": 0.0}, "these settings: `penalty`"),
+        ({"max_new_tokens": 0}, "these settings: `max_new_tokens`"),
+    ],
+)
+def test_searches_that_there_are_not(settings: dict[str, Any], said: str) -> None:
+    model = tiny("llama")
+    with pytest.raises(UserError, match=said) as error:
+        model.generate(**prompt(model), **(ENDS | settings))
+    assert "\n" not in str(error.value)
 
 
 def test_a_models_own_habits_are_no_default(tmp_path: Path) -> None:
@@ -418,6 +509,10 @@ def test_random_weights_depend_on_the_seed_alone() -> None:
         assert value.equal(second.lm.state_dict()[key])
     assert first.identity() == second.identity() != other.identity()
     assert first.identity() == tiny("flan_t5", dtype="bfloat16").identity()
+    other_eps = LanguageModel(
+        config={**CONFIGS["flan_t5"], "layer_norm_epsilon": 1e-3}, weights="random", dtype="float32"
+    )
+    assert first.identity()["digest"] != other_eps.identity()["digest"]  # of the same weights
     assert first.identity() | {"digest": ""} == {
         "name": "t5",
         "revision": "",
@@ -657,6 +752,18 @@ def test_what_cannot_be_had_is_named(options: dict[str, Any], said: str) -> None
     with pytest.raises(UserError, match=said) as error:
         LanguageModel(**options)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["/no/such", "./such", "~/such", "a/b/c", "runs/such"])
+def test_a_missing_folder_is_called_so(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "runs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for call in (download, lambda name: LanguageModel(name, weights="random")):
+        with pytest.raises(UserError, match=r"there is no such folder.*lm_flickr8k_tiny") as error:
+            call(name)
+        assert f"name={name}:" in str(error.value) and "hub" not in str(error.value)
 
 
 def test_folders_that_do_not_do(folder: Path, tmp_path: Path) -> None:
