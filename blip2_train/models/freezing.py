@@ -1,6 +1,7 @@
 """What is trained and what is not: one place that freezes, one table that shows it."""
 
-from collections.abc import Callable, Iterable
+import hashlib
+from collections.abc import Callable, Iterable, Mapping
 from typing import Self
 
 import torch
@@ -46,6 +47,15 @@ def freeze_unreached(model: nn.Module, loss: Callable[[], Tensor]) -> list[str]:
             parameter.requires_grad_(False)
     model.zero_grad(set_to_none=True)
     return unreached
+
+
+def state_digest(state: Mapping[str, Tensor]) -> str:
+    """SHA-256 of weights in memory."""
+    sha = hashlib.sha256()
+    for key, value in sorted(state.items()):
+        sha.update(key.encode())
+        sha.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return sha.hexdigest()
 
 
 def count_parameters(parameters: Iterable[nn.Parameter], *, trainable: bool) -> int:

@@ -24,7 +24,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from blip2_train.errors import UserError
 from blip2_train.models import lm_identity, lm_weights
-from blip2_train.models.freezing import Frozen
+from blip2_train.models.freezing import Frozen, state_digest
 from blip2_train.models.lm_masks import close, find_form, mask_inputs, window
 from blip2_train.models.lm_weights import download, random_model
 
@@ -139,7 +139,7 @@ class LanguageModel(Frozen):
         if lm_weights.on_meta():
             lm_weights.cast(lm, dtype)
             return lm
-        weights = lm_identity.state_digest(lm.state_dict())  # before any rounding
+        weights = state_digest(lm.state_dict())  # before any rounding
         self._digest = lm_identity.with_architecture(weights, lm.config.to_diff_dict())
         if self.quantization is not None:
             return lm_weights.quantize(

@@ -7,9 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 # Its weights: the first of these patterns that it has files of. OPT has torch files alone.
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 # Keys that change nothing of what a model computes from its weights.
@@ -19,15 +16,6 @@ INCIDENTAL = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transfo
 def weight_files(folder: Path) -> list[Path]:
     """The files that a model's weights are read from, sorted by name."""
     return next((found for kind in WEIGHTS if (found := sorted(folder.glob(kind)))), [])
-
-
-def state_digest(state: Mapping[str, Tensor]) -> str:
-    """SHA-256 of weights in memory."""
-    sha = hashlib.sha256()
-    for key, value in sorted(state.items()):
-        sha.update(key.encode())
-        sha.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return sha.hexdigest()
 
 
 def files_digest(folder: Path) -> str:

@@ -10,7 +10,6 @@ last feature map, one token per cell (CLIP ResNets: the map before attention poo
 
 import contextlib
 import difflib
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from blip2_train.errors import UserError
-from blip2_train.models.freezing import Frozen
+from blip2_train.models.freezing import Frozen, state_digest
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -90,11 +89,7 @@ class VisionTower(Frozen):
 
     def digest(self) -> str:
         """SHA-256 of the tower's weights: the identity that a checkpoint records in their place."""
-        sha = hashlib.sha256()
-        for key, value in sorted(self.tower.state_dict().items()):
-            sha.update(key.encode())
-            sha.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-        return sha.hexdigest()
+        return state_digest(self.tower.state_dict())
 
 
 def normalise(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:

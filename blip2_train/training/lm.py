@@ -81,7 +81,7 @@ class LmModule(StageModule):
 
     def levels(self, contrastive: float) -> dict[str, Level]:
         """Chance: every token is as likely as any other."""
-        return {"loss_lm": Level(math.log(self.model.config.vocab_size), 0.0)}
+        return {"loss_lm": Level(*losses.choice_levels(self.model.config.vocab_size, 0.0))}
 
     def rehearsal_batch(self) -> dict[str, Any]:
         """Two documents of random words."""

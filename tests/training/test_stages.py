@@ -142,7 +142,7 @@ def test_any_language_model_trains_and_stays_as_it_was(
     name: str, shards: Path, tmp_path: Path
 ) -> None:
     from blip2_train.config import Launch, to_plain
-    from blip2_train.models.lm_identity import state_digest
+    from blip2_train.models.freezing import state_digest
     from blip2_train.train import compose
     from blip2_train.training import fit
 
