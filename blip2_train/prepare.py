@@ -81,10 +81,14 @@ def prepare_synthetic(args: argparse.Namespace, command: str) -> int:
     """Write the shards of rendered scenes."""
     from functools import partial
 
-    from blip2_train.data.synthetic import make_scene, synthetic_items
+    from blip2_train.data.synthetic import WORLDS, make_scene, synthetic_items
 
-    settings = {"size": args.size, "seed": args.seed, "quality": args.quality}
-    items = list(synthetic_items(args.samples, args.seed))
+    world = WORLDS[{1: "one", 2: "two"}[args.objects]]
+    settings = {"size": args.size, "quality": args.quality}
+    try:
+        items = list(synthetic_items(world, args.samples, args.seed, args.held_out))
+    except ValueError as error:
+        raise UserError(f"--held-out {args.held_out}: {error}") from None
     return _prepare(args, command, items, [], partial(make_scene, **settings), settings)
 
 
@@ -226,10 +230,20 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("synthetic", help=text, description=text)
     command.set_defaults(run=prepare_synthetic)
     command.add_argument(
-        "--samples", type=_whole(2), default=6000, help="train and val; a tenth is val (6000)"
+        "--samples", type=_whole(1), default=15_000, metavar="N", help="of train (15000)"
     )
     command.add_argument(
-        "--size", type=_whole(16, 4096), default=128, metavar="PX", help="side, pixels (128)"
+        "--held-out",
+        type=_whole(2),
+        default=500,
+        metavar="N",
+        help="scenes of novel and of compositional; val has half as many (500)",
+    )
+    command.add_argument(
+        "--objects", type=int, choices=(1, 2), default=1, help="in a scene; 2: with a relation (1)"
+    )
+    command.add_argument(
+        "--size", type=_whole(16, 4096), default=64, metavar="PX", help="side, pixels (64)"
     )
     command.add_argument("--seed", type=int, default=0, help="of the scenes (0)")
     _add_output_options(command)

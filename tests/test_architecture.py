@@ -30,7 +30,9 @@ MAY_IMPORT = {
     },
     "prepare": {"errors", "data"},
     "train": {"errors", "config", "training"},
-    "demo": {"errors", "prepare", "train"},
+    "demo": {
+        "errors", "prepare", "train", "data", "models", "losses", "evaluation", "training",
+    },
 }  # fmt: skip
 # Third-party packages that only these parts may import.
 RESERVED = {

@@ -34,6 +34,21 @@ def rows(run: Path, *, without_speed: bool = True) -> list[dict[str, str]]:
         ]
 
 
+def last_metrics(path: Path) -> dict[str, dict[str, float]]:
+    """The last training and the last validation row of a run's metrics.csv."""
+    with path.open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    found = {}
+    for part in ("train", "val"):
+        row = [line for line in lines if line.get(f"{part}/loss")][-1]
+        found[part] = {
+            key.removeprefix(f"{part}/"): float(value)
+            for key, value in row.items()
+            if key.startswith(f"{part}/") and value
+        }
+    return found
+
+
 def assert_equal_states(ours: Any, theirs: Any, where: str = "") -> None:
     """Bit for bit."""
     assert type(ours) is type(theirs), where

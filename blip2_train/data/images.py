@@ -88,11 +88,17 @@ def to_jpeg(
         raise _bad_image(error) from error
 
 
-def encode_jpeg(image: Image.Image, quality: int) -> bytes:
-    """Encode an RGB image as a bare JPEG, without EXIF and colour profile."""
+def encode_jpeg(image: Image.Image, quality: int, *, subsampling: str = "4:2:0") -> bytes:
+    """Encode an RGB image as a bare JPEG, without EXIF and colour profile.
+
+    Args:
+        image: changed: what PIL keeps of its profile and comment is dropped.
+        quality: 1 to 95.
+        subsampling: of the colours; "4:4:4" keeps every pixel's.
+    """
     buffer = io.BytesIO()
     image.info.clear()  # PIL would write a profile and comment that it finds there
-    image.save(buffer, "JPEG", quality=quality)
+    image.save(buffer, "JPEG", quality=quality, subsampling=subsampling)
     return buffer.getvalue()
 
 

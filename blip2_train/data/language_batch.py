@@ -178,9 +178,10 @@ def collate_documents(
 ) -> DocumentBatch:
     """Put a batch for pre-training a decoder-only model on captions together.
 
-    A document is [start] caption [end] caption [end] ... of one image, as many whole captions as
-    fit. It begins with the chosen one, so over the epochs none is left out for good. Every token is
-    a target but a document's first, which nothing precedes.
+    A document is [start] caption [end] [start] caption [end] ... of one image, as many whole
+    captions as fit: each begins as behind the queries of stage 2. The first is the chosen one, so
+    over the epochs none is left out for good. Every token is a target but a document's first, which
+    nothing precedes.
 
     Args:
         samples: of a `TrainStream`; captions are taken without its prompt.
@@ -221,9 +222,10 @@ def _shared(row: Sequence[int], other: Sequence[int]) -> int:
 def _document(captions: Sequence[str], text: LanguageTokenizer, max_text_tokens: int) -> list[int]:
     (document,) = encode(captions[:1], text, max_text_tokens)
     for words in text.words(captions[1:]):
-        if len(document) + len(words) + 1 > max_text_tokens:
+        caption = [*text.start, *words, text.end_id]
+        if len(document) + len(caption) > max_text_tokens:
             break
-        document += [*words, text.end_id]
+        document += caption
     return document
 
 

@@ -8,6 +8,7 @@ times as likely, in the geometric mean.
 Shapes as in `models/qformer.py`; B images with one caption each, M caption targets.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -69,7 +70,13 @@ class Grounding:
         self.batches: list[Tensor] = []
 
     def add(
-        self, right: Tensor, shuffled: Tensor, blank: Tensor, tokens: Tensor, valid: Tensor
+        self,
+        right: Tensor,
+        shuffled: Tensor,
+        blank: Tensor,
+        tokens: Tensor,
+        valid: Tensor,
+        alone: Tensor | None = None,
     ) -> None:
         """Adds the captions of one batch, each with three images.
 
@@ -79,8 +86,12 @@ class Grounding:
             blank: [B] with the blank image.
             tokens: [B] tokens of each caption.
             valid: bool [B], False where there was no other image; its `shuffled` does not count.
+            alone: [B] of the language model by itself, where there is one.
         """
-        everywhere = torch.stack([right.double(), blank.double(), tokens.double()])
+        by_itself = torch.full_like(right, torch.nan) if alone is None else alone
+        everywhere = torch.stack(
+            [right.double(), blank.double(), tokens.double(), by_itself.double()]
+        )
         # not multiplied by `valid`: a value that does not count may be anything
         where_valid = torch.stack([right.double(), shuffled.double(), tokens.double()])
         where_valid = where_valid.masked_fill(~valid, 0.0)
@@ -93,19 +104,22 @@ class Grounding:
 
         Returns:
             In nats per token: `lm_right` and `lm_blank` over all captions, `lm_shuffled` over those
-            that had another image; `grounding_gap`, shuffled less right, both over the latter; and
+            that had another image; `lm_alone`, without any image, where `add` was told;
+            `grounding_gap`, shuffled less right, both over the latter; and
             `grounding_gap_blank`, blank less right. Names are missing where there is no caption to
             take them from: nothing was added, or no caption had another image.
         """
-        own = torch.stack(self.batches).sum(dim=0).tolist() if self.batches else [0.0] * 6
+        own = torch.stack(self.batches).sum(dim=0).tolist() if self.batches else [0.0] * 7
         self.batches = []
         sums = [sum(values) for values in zip(*gather_objects(own, world), strict=True)]
-        right, blank, tokens, right_valid, shuffled, tokens_valid = sums
+        right, blank, tokens, alone, right_valid, shuffled, tokens_valid = sums
         metrics = {}
         if tokens:
             metrics["lm_right"] = right / tokens
             metrics["lm_blank"] = blank / tokens
             metrics["grounding_gap_blank"] = (blank - right) / tokens
+            if not math.isnan(alone):
+                metrics["lm_alone"] = alone / tokens
         if tokens_valid:
             metrics["lm_shuffled"] = shuffled / tokens_valid
             metrics["grounding_gap"] = (shuffled - right_valid) / tokens_valid
@@ -120,7 +134,7 @@ def describe_grounding(metrics: Mapping[str, float]) -> str:
     """
     parts = ", ".join(
         f"{name} {metrics[f'lm_{name}']:.2f}"
-        for name in ("right", "shuffled", "blank")
+        for name in ("right", "shuffled", "blank", "alone")
         if f"lm_{name}" in metrics
     )
     if "grounding_gap" not in metrics:

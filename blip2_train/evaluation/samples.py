@@ -24,6 +24,8 @@ class Row:
         texts: (retrieved text, whether it belongs to the image), best first.
         query: the text whose retrieved images are shown.
         images: (retrieved image, whether it is the text's), best first.
+        negative_image: that matching was shown with the image's text, None for none.
+        negative_text: that matching was shown with the image.
     """
 
     image: Image.Image
@@ -32,6 +34,8 @@ class Row:
     texts: list[tuple[str, bool]] = field(default_factory=list)
     query: str = ""
     images: list[tuple[Image.Image, bool]] = field(default_factory=list)
+    negative_image: Image.Image | None = None
+    negative_text: str = ""
 
 
 def draw_sheet(rows: list[Row], title: str, path: Path) -> None:

@@ -11,8 +11,8 @@ from blip2_train.models.stage2 import Blip2Stage2
 
 def stage2_grounding(
     model: Blip2Stage2, image_embeds: Tensor, blank_embeds: Tensor, batch: Mapping[str, Any]
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Loss of each caption with its own, another and a blank image.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Loss of each caption with its own, another, a blank and no image.
 
     Args:
         model: the stage-2 model.
@@ -22,7 +22,8 @@ def stage2_grounding(
 
     Returns:
         right, shuffled, blank: [B] summed nats; tokens: [B] that were predicted; valid: bool [B],
-        False where no other image was there (see `Grounding.add`).
+        False where no other image was there; alone: [B] nats of the language model by itself,
+        without queries (see `Grounding.add`).
     """
     B = len(image_embeds)
     query_output = model.encode_image(model.qformer.project_image(image_embeds))
@@ -36,4 +37,6 @@ def stage2_grounding(
 
     tokens = rows.bincount(minlength=B)
     blanks = blank.expand(B, -1, -1)
-    return nats(query_output), nats(query_output[other]), nats(blanks), tokens, valid
+    logits, predicted = model.logits_without_image(batch)
+    alone = token_nats(logits, batch["lm_targets"][predicted], rows[predicted], B)
+    return nats(query_output), nats(query_output[other]), nats(blanks), tokens, valid, alone

@@ -5,6 +5,7 @@ D text width, E width of the contrastive features.
 """
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,7 @@ class ImageEncoder(nn.Module):
             activations. Gradients stay the same; batch norms see each batch twice, so that their
             running statistics follow it faster.
         seed: of the random weights.
+        options: further arguments of the timm model, such as its depth.
 
     Raises:
         UserError: the model or the weights cannot be had, or it lacks what is asked of it.
@@ -122,6 +124,7 @@ class ImageEncoder(nn.Module):
         position: str = "learned",
         gradient_checkpointing: bool = False,
         seed: int = 0,
+        options: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         if pool not in POOLS:
@@ -132,7 +135,9 @@ class ImageEncoder(nn.Module):
             )
         self.name = name
         self.pool = pool
-        self.tower = create_tower(name, image_size=image_size, weights=weights, seed=seed, key=KEY)
+        self.tower = create_tower(
+            name, image_size=image_size, weights=weights, seed=seed, options=options, key=KEY
+        )
         self.image_size, self.mean, self.std = expected_input(self.tower, image_size)
         self.tower.eval()
         shape = feature_shape(self._pooled, self.tower, self.image_size, name=name, key=KEY)

@@ -87,6 +87,30 @@ class Blip2Stage2(nn.Module):
         rows = index.div(T, rounding_mode="floor")
         return self.language_model.logits(embeds, mask, index + rows * Q + Q - 1)
 
+    def logits_without_image(self, text: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """What the language model says by itself, without any query.
+
+        Args:
+            text: as for `text_logits`.
+
+        Returns:
+            logits [M', V], and bool [M]: which of the M targets they are for. A decoder-only model
+            predicts nothing from nothing, so the first token of each text is not among them.
+        """
+        embeds = self.language_model.embed(text["input_ids"])
+        mask, index = text["attention_mask"], text["lm_index"]
+        if self.language_model.is_encoder_decoder:
+            logits = self.language_model.logits(
+                embeds,
+                mask,
+                index,
+                decoder_input_ids=self._shifted(text["target_ids"]),
+                decoder_attention_mask=text["target_mask"],
+            )
+            return logits, torch.ones_like(index, dtype=torch.bool)
+        predicted = index % embeds.shape[1] > 0
+        return self.language_model.logits(embeds, mask, index[predicted] - 1), predicted
+
     def generate(
         self, image: ImageKV, prompt_ids: Tensor, prompt_mask: Tensor, **settings: Any
     ) -> Tensor:

@@ -51,7 +51,7 @@ def instantiate_group(name: str, settings: Mapping[str, Any], **values: Any) -> 
         values: arguments that the configuration does not decide.
     """
     try:
-        return instantiate(settings, **values)
+        return instantiate(settings, _convert_="all", **values)
     except InstantiationException as error:
         cause = error.__cause__
         if isinstance(cause, UserError):

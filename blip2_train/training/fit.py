@@ -47,6 +47,7 @@ from blip2_train.training.resume import (
     new_state,
 )
 from blip2_train.training.run_log import MetricsCsv, SkippedLog, wandb_logger
+from blip2_train.training.run_report import RunReport
 from blip2_train.training.stage import Stage
 from blip2_train.training.stage1 import Stage1
 from blip2_train.training.stage2 import Stage2
@@ -148,6 +149,7 @@ def fit(cfg: Mapping[str, Any], launch: Launch) -> Path:
         resume=resume,
         **cfg["checkpoint"],
     )
+    report = RunReport(folder, monitor)
     callbacks: list[pl.Callback] = [monitor]  # in this order at the end of each step
     if held_out is not None:
         images = validation_images(cfg, held_out, image_size)
@@ -158,13 +160,14 @@ def fit(cfg: Mapping[str, Any], launch: Launch) -> Path:
                 stage.collate_eval(),
                 monitor,
                 checkpointing,
+                report,
                 skipped,
                 folder / "samples",
                 cfg["validation"],
                 num_workers=cfg["data"]["num_workers"],
             )
         )
-    callbacks.append(checkpointing)
+    callbacks += [report, checkpointing]
     trainer = build_trainer(cfg, launch, environment, cuda, loggers, callbacks)
 
     log.info("%s", batch)

@@ -8,6 +8,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterator
+from datetime import timedelta
 from typing import Any
 
 import pytorch_lightning as pl
@@ -79,6 +80,7 @@ class Monitor(pl.Callback):
         self.flops_per_sample = rehearse(trainer, pl_module)
         self.ceiling = matmul_ceiling(pl_module.device, trainer.precision)
         self.levels = pl_module.levels(pl_module.batch.contrastive)
+        self.samples_per_step = pl_module.batch.size
         if trainer.is_global_zero and sys.stderr.isatty():
             self.bar = tqdm(total=trainer.max_steps, initial=self.last_step, unit="step")
         self.restart_clock()
@@ -169,6 +171,10 @@ class Monitor(pl.Callback):
             f"mfu {metrics['model_flops_utilisation']:.1%}  "
             f"mem {metrics['peak_memory_gb']:.1f} GB"
         )
+        if trainer.max_steps > step:
+            seconds = (trainer.max_steps - step) * self.samples_per_step
+            seconds /= metrics["samples_per_second"]
+            line += f"  left {timedelta(seconds=round(seconds))}"
         if metrics["skipped_steps"]:
             line += f"  skipped steps {metrics['skipped_steps']}"
         if metrics["skipped_samples"]:

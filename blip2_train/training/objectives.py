@@ -73,9 +73,14 @@ class LossConfig:
     lm: LmConfig = LmConfig()
 
     @property
+    def on(self) -> tuple[str, ...]:
+        """The objectives that are computed; ordered, for sums must be repeatable."""
+        return tuple(name for name in OBJECTIVES if self.weights[name])
+
+    @property
     def parts(self) -> tuple[str, ...]:
         """Names of the losses that are computed: "loss_itc", ..."""
-        return tuple(f"loss_{name}" for name in OBJECTIVES if self.weights[name])
+        return tuple(f"loss_{name}" for name in self.on)
 
 
 def stage1_step(
@@ -107,7 +112,7 @@ def stage1_step(
         `normalise=global` their mean over ranks is the loss of the global batch; and named
         intermediate tensors, for metrics and tests.
     """
-    on = [name for name in OBJECTIVES if config.weights[name]]  # ordered: sums must be repeatable
+    on = config.on
     B, T = batch["input_ids"].shape[0], batch["text_length"]
     input_ids, attention_mask = batch["input_ids"][:, :T], batch["attention_mask"][:, :T]
     image_id_all, *text_all = _gather_text(batch, world)
@@ -280,7 +285,7 @@ def _match(
     }
 
 
-def _normalise(out: dict[str, Tensor], on: list[str], normalise: str, world: World) -> None:
+def _normalise(out: dict[str, Tensor], on: tuple[str, ...], normalise: str, world: World) -> None:
     """Turns summed losses into means; ITC is a mean over B rows on every rank already."""
     counts = {}
     if "itm" in on:

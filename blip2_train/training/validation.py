@@ -23,6 +23,7 @@ from blip2_train.evaluation.samples import Row, draw_sheet
 from blip2_train.training.checkpointing import Checkpointing
 from blip2_train.training.monitor import Monitor
 from blip2_train.training.run_log import SkippedLog
+from blip2_train.training.run_report import RunReport
 
 log = logging.getLogger(__name__)
 
@@ -80,6 +81,7 @@ class Validation(pl.Callback):
         collate: puts an evaluation batch together.
         monitor: whose clock stands still meanwhile.
         checkpointing: gets the score of the step.
+        report: written anew with what was found (rank 0).
         skipped: where unusable samples are written down (rank 0).
         folder: of the pictures.
         settings: `every`, `batch_size` of the configuration.
@@ -93,6 +95,7 @@ class Validation(pl.Callback):
         collate: Any,
         monitor: Monitor,
         checkpointing: Checkpointing,
+        report: RunReport,
         skipped: SkippedLog | None,
         folder: Path,
         settings: Mapping[str, Any],
@@ -104,6 +107,7 @@ class Validation(pl.Callback):
         self.collate = collate
         self.monitor = monitor
         self.checkpointing = checkpointing
+        self.report = report
         self.skipped_log = skipped
         self.folder = folder
         self.settings = settings
@@ -148,7 +152,7 @@ class Validation(pl.Callback):
         self.checkpointing.state.scores[step] = found.score
         if trainer.is_global_zero:
             log.info("validation at step %d on %d images (%d skipped):", step, used, len(skipped))
-            self._report(trainer, found, step)
+            self._tell(trainer, found, step)
         self._warn_if_blind(found.metrics)
 
     def _batches(self, world: World) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -162,11 +166,12 @@ class Validation(pl.Callback):
         )
         return zip(numbers, loader, strict=True)
 
-    def _report(self, trainer: pl.Trainer, found: Findings, step: int) -> None:
+    def _tell(self, trainer: pl.Trainer, found: Findings, step: int) -> None:
         for line in found.lines:
             log.info("  %s", line)
         for logger in trainer.loggers:
             logger.log_metrics({f"val/{k}": v for k, v in found.metrics.items()}, step)
+        self.report.write(step, found.lines, found.rows, found.title)
         if not found.rows:
             return
         path = self.folder / f"step-{step:08d}.png"

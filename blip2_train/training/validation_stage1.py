@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from blip2_train.data.stream import EvalStream
@@ -60,6 +61,7 @@ class Stage1Evaluator(Evaluator):
         self.features: list[Features] = []
         self.tokens: dict[int, Tensor] = {}  # needed where matching re-ranks
         self.comparisons = 0.0  # sum over images of ln(images in its batch)
+        self.negatives: dict[int, tuple[int, str]] = {}  # image -> the image and text drawn for it
         vision = self.module.model.vision
         blank = blank_image(vision.mean, vision.image_size)
         self.blank = vision(blank.to(self.module.device)) if self.loss.weights["lm"] else None
@@ -73,6 +75,8 @@ class Stage1Evaluator(Evaluator):
         uniform = draw_uniform(self.seed, 0, number, count, World())
         out = stage1_step(model, image_embeds, pairs, self.loss, uniform=uniform)
         self.meter.add(out, weight=count)
+        if "itm" in self.loss.on:
+            self._note_negatives(batch, out)
         if self.blank is not None:
             self.grounding.add(*stage1_grounding(model, image_embeds, self.blank, pairs))
         self.comparisons += count * math.log(count)
@@ -95,21 +99,35 @@ class Stage1Evaluator(Evaluator):
             grounding = self.grounding.read(world)
             metrics |= grounding
             lines.append(describe_grounding(grounding))
-        rows = self._rows(model, found) if world.rank == 0 else []
+        for part in gather_objects(self.negatives, world):
+            self.negatives |= part
+        rows = self._rows(found) if world.rank == 0 else []
         title = "what the model says of and finds for held-out images"
         return Findings(metrics, mean_r1(metrics), lines, rows, title)
 
-    def _rows(self, model: Any, found: Retrieval) -> list[Row]:
-        """Captions and retrieved neighbours of some images."""
+    def _note_negatives(self, batch: dict[str, Any], out: Mapping[str, Tensor]) -> None:
+        """Remembers what matching was shown beside the true pairs."""
+        first = torch.searchsorted(batch["caption_image"].cpu(), torch.arange(len(batch["keys"])))
+        drawn = zip(out["neg_image_idx"].tolist(), out["neg_text_idx"].tolist(), strict=True)
+        for item, (image, text) in zip(batch["items"], drawn, strict=True):
+            self.negatives[item] = batch["items"][image], batch["text"][int(first[text])]
+
+    @torch.no_grad()
+    def captions(self, images: Tensor) -> list[str]:
+        """What the model says of images uint8 [B, 3, S, S], greedily."""
+        model = self.module.model
+        tokens = model.vision(images.to(self.module.device))
+        longest = min(30, model.qformer.position_embeddings.num_embeddings + 1)
+        ids = model.generate(model.qformer.project_image(tokens), max_length=longest)
+        return self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+
+    def _rows(self, found: Retrieval) -> list[Row]:
+        """Captions, retrieved neighbours and matching's negatives of some images."""
         items = chosen_samples(self.images, self.samples) if self.samples else []
         if not items:
             return []
         position = {item: i for i, item in enumerate(found.items)}
-        images = torch.stack([item.image for item in items]).to(self.module.device)
-        tokens = model.vision(images)
-        longest = min(30, model.qformer.position_embeddings.num_embeddings + 1)
-        ids = model.generate(model.qformer.project_image(tokens), max_length=longest)
-        words = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        words = self.captions(torch.stack([item.image for item in items]))
         rows = []
         for item, caption in zip(items, words, strict=True):
             image = position[item.item]
@@ -128,6 +146,13 @@ class Stage1Evaluator(Evaluator):
                         (to_pil(self.images[found.items[i]].image), i == image)  # type: ignore[union-attr]
                         for i in best
                     ],
+                    *self._negative(item.item),
                 )
             )
         return rows
+
+    def _negative(self, item: int) -> tuple[Image.Image | None, str]:
+        if item not in self.negatives:
+            return None, ""
+        image, text = self.negatives[item]
+        return to_pil(self.images[image].image), text  # type: ignore[union-attr]

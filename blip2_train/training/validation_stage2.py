@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from blip2_train.data.language import LanguageTokenizer, decode, encode_prompts
 from blip2_train.data.stream import EvalStream
@@ -17,7 +18,7 @@ from blip2_train.training.validation import Evaluator, Findings, chosen_samples,
 
 
 class Stage2Evaluator(Evaluator):
-    """Loss per token with the right, a shuffled and a blank image; captions of some images.
+    """Loss per token with the right, a shuffled, a blank and no image; captions of some images.
 
     Args:
         module: being trained.
@@ -68,24 +69,30 @@ class Stage2Evaluator(Evaluator):
         title = "what the model says of held-out images"
         return Findings(metrics, -loss, lines, rows, title)
 
-    def _rows(self) -> list[Row]:
+    @torch.no_grad()
+    def captions(self, images: Tensor) -> list[str]:
+        """What the model says of images uint8 [B, 3, S, S]."""
         model = self.module.model
-        items = chosen_samples(self.images, self.samples) if self.samples else []
-        if not items:
-            return []
-        images = torch.stack([item.image for item in items]).to(self.module.device)
         prompts, mask = encode_prompts(
-            [self.prompt] * len(items), self.text, encoder=model.language_model.is_encoder_decoder
+            [self.prompt] * len(images), self.text, encoder=model.language_model.is_encoder_decoder
         )
+        device = self.module.device
         ids = model.generate(
-            model.qformer.project_image(model.vision(images)),
-            prompts.to(images.device),
-            mask.to(images.device),
+            model.qformer.project_image(model.vision(images.to(device))),
+            prompts.to(device),
+            mask.to(device),
             end_token_id=self.text.end_id,
             pad_token_id=self.text.pad_id,
             **self.search,
         )
+        return decode(ids, self.text)
+
+    def _rows(self) -> list[Row]:
+        items = chosen_samples(self.images, self.samples) if self.samples else []
+        if not items:
+            return []
+        words = self.captions(torch.stack([item.image for item in items]))
         return [
             Row(to_pil(item.image), caption, item.captions)
-            for item, caption in zip(items, decode(ids, self.text), strict=True)
+            for item, caption in zip(items, words, strict=True)
         ]

@@ -329,8 +329,8 @@ def documents(samples, text, max_text_tokens):
 
 def test_a_document_holds_whole_captions_that_fit(wordpiece):
     captions = ["a dog", "a red dog", "grass"]
-    whole = "[CLS] a dog [SEP] a red dog [SEP] grass [SEP]"
-    for room, kept in [(10, 10), (9, 8), (8, 8), (7, 4), (4, 4)]:
+    whole = "[CLS] a dog [SEP] [CLS] a red dog [SEP] [CLS] grass [SEP]"
+    for room, kept in [(12, 12), (11, 9), (9, 9), (8, 4), (4, 4)]:
         batch = documents([sample(*captions)], wordpiece, room)
         ids = batch["input_ids"][0, : int(batch["attention_mask"].sum())]
         assert tokens(ids, wordpiece).split() == whole.split()[:kept]
@@ -345,9 +345,9 @@ def test_a_first_caption_that_is_too_long_loses_words(wordpiece):
 
 def test_documents_of_a_batch_are_padded_alike(opt):
     batch = documents([sample("a", "a dog"), sample("a dog", number=1)], opt, 32)
-    assert tokens(batch["input_ids"][0], opt) == "</s> a Ċ a Ġdog Ċ <pad> <pad>"
+    assert tokens(batch["input_ids"][0], opt) == "</s> a Ċ </s> a Ġdog Ċ <pad>"
     assert tokens(batch["input_ids"][1], opt) == "</s> a Ġdog Ċ <pad> <pad> <pad> <pad>"
-    assert columns(batch) == [[1, 2, 3, 4, 5], [1, 2, 3]]
+    assert columns(batch) == [[1, 2, 3, 4, 5, 6], [1, 2, 3]]
     assert batch["text"] == ["a", "a dog"] and batch["image_id"].tolist() == [10, 11]
 
 
@@ -400,7 +400,9 @@ def test_a_document_eval_batch_holds_all_captions(wordpiece):
     settings = {"text": wordpiece, "max_text_tokens": 16, "bucket": 8}
     batch = collate_eval_documents(eval_items("a photo of "), prompt="a photo of ", **settings)
     check_origin(batch)
-    assert tokens(batch["lm_targets"], wordpiece) == "a dog [SEP] a red dog [SEP] grass [SEP]"
+    assert tokens(batch["lm_targets"], wordpiece) == (
+        "a dog [SEP] [CLS] a red dog [SEP] grass [SEP]"
+    )
     assert "image" not in batch
 
 
@@ -495,7 +497,7 @@ def test_documents_of_a_stream_rotate(source, wordpiece):
     )
     batch = next(iter(stream))
     first, second = LONG, "a photo of a red dog on a dog"
-    expected = {f"[CLS] {a} [SEP] {b} [SEP]" for a, b in [(first, second), (second, first)]}
+    expected = {f"[CLS] {a} [SEP] [CLS] {b} [SEP]" for a, b in [(first, second), (second, first)]}
     assert {
         tokens(row[: int(count)], wordpiece)
         for row, count in zip(batch["input_ids"], batch["attention_mask"].sum(dim=1), strict=True)

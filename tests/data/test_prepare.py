@@ -531,7 +531,8 @@ train_tokenizer(Path(sys.argv[1]), [text for r in records for text in r.captions
 
 
 def test_start_is_quick_and_torch_stays_out(tmp_path: Path) -> None:
-    args = ["synthetic", "--samples", "20", "--size", "32", "--tokenizer", "200", "--workers", "1"]
+    args = ["synthetic", "--samples", "20", "--held-out", "4", "--size", "32", "--workers", "1"]
+    args += ["--tokenizer", "200"]
     code = f"""
 import sys
 from blip2_train.prepare import main
@@ -548,7 +549,22 @@ print([name for name in ("torch", "transformers", "webdataset") if name in sys.m
 
 def test_index_and_verify(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
-    assert run("synthetic", "--samples", 30, "--size", 32, "--out", out, "--workers", 1) == 0
+    assert (
+        run(
+            "synthetic",
+            "--samples",
+            30,
+            "--held-out",
+            6,
+            "--size",
+            32,
+            "--out",
+            out,
+            "--workers",
+            1,
+        )
+        == 0
+    )
     assert run("verify", out) == 0
     written = (out / "index.json").read_bytes()
     (out / "index.json").unlink()
@@ -561,5 +577,6 @@ def test_index_and_verify(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     (out / "val-000000.tar").write_bytes(data[:600])
     assert run("index", out) == 1
     assert "val-000000.tar" in capsys.readouterr().err
-    assert list(read_index(out)) == ["train-000000.tar"]
-    assert np.load(out / "train-000000.tar.offsets.npy", allow_pickle=False).shape == (27, 2)
+    others = [f"{split}-000000.tar" for split in ("compositional", "novel", "text", "train")]
+    assert list(read_index(out)) == others
+    assert np.load(out / "train-000000.tar.offsets.npy", allow_pickle=False).shape == (30, 2)

@@ -1,10 +1,16 @@
-"""Synthetic scenes: a function of (seed, number), drawn as the captions say.
+"""Rendered scenes: a function of (seed, number), drawn as the captions say, split as promised.
 
-- the same seed gives the same bytes, another seed other scenes; no scene comes twice
+- the same seed gives the same bytes, another seed other scenes
 - the object is where, as large and of the colours that all five captions name
+- captions can be read back, and nothing else can
+- no scene is in two splits; unseen pairs are in the compositional split alone, several per value
+- neighbours in training differ in one attribute
 """
 
 import io
+import itertools
+import random
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -12,67 +18,184 @@ import pytest
 from PIL import Image
 
 from blip2_train.data.shards import ShardReader, read_index
-from blip2_train.data.synthetic import COLOURS, SCENES, make_scene, synthetic_items
+from blip2_train.data.synthetic import (
+    BACKGROUNDS,
+    COLOURS,
+    ONE,
+    PLACES,
+    TWO,
+    WORLDS,
+    World,
+    make_scene,
+    split_scenes,
+    synthetic_items,
+    train_order,
+    unseen_pairs,
+)
 from blip2_train.prepare import main
 
 SIZE = 256
-
-
-def make(number: int, seed: int = 0) -> tuple[np.ndarray, dict]:
-    item = list(synthetic_items(max(number + 1, 2), seed))[number][1]
-    jpeg, meta = make_scene(item, size=SIZE, seed=seed, quality=95)
-    return np.asarray(Image.open(io.BytesIO(jpeg))).astype(int), meta
+BOTH = pytest.mark.parametrize("world", [ONE, TWO], ids=lambda world: world.name)
 
 
 def test_shards(tmp_path: Path) -> None:
-    args = ["synthetic", "--samples", "50", "--size", str(SIZE), "--workers", "1"]
+    args = ["synthetic", "--samples", "45", "--held-out", "10", "--size", str(SIZE), "--workers"]
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        assert main([*args, "--seed", str(seed), "--out", str(tmp_path / name)]) == 0
+        assert main([*args, "1", "--seed", str(seed), "--out", str(tmp_path / name)]) == 0
     a, b, c = (read_index(tmp_path / name) for name in "abc")
     assert a == b and a.keys() == c.keys() and a["val-000000.tar"] != c["val-000000.tar"]
-    assert {info.split: info.samples for info in a.values()} == {"train": 45, "val": 5}
+    counts = {info.split: info.samples for info in a.values()}
+    wanted = {"train": 45, "val": 5, "novel": 10, "compositional": 10, "text": 45}
+    assert counts == wanted
     raw = ShardReader(tmp_path / "a" / "val-000000.tar", a["val-000000.tar"]).read(4)
     assert len(raw.meta["captions"]) == 5
-    assert (raw.meta["width"], raw.meta["height"], raw.meta["source"]) == (SIZE, SIZE, "synthetic")
+    assert (raw.meta["width"], raw.meta["height"], raw.meta["source"]) == (SIZE, SIZE, "one")
     assert Image.open(io.BytesIO(raw.image)).size == (SIZE, SIZE)
 
 
-def test_a_scene_does_not_depend_on_how_many_there_are() -> None:
-    few = [item.captions for _, item in synthetic_items(20, 3)]
-    assert few == [item.captions for _, item in synthetic_items(500, 3)][:20]
+def test_too_many_held_out_scenes_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = ["synthetic", "--held-out", "5000", "--out", str(tmp_path / "out")]
+    assert main(args) == 2
+    assert "--held-out 5000" in capsys.readouterr().err
 
 
-def test_all_scenes_come_before_any_comes_twice() -> None:
-    captions = [tuple(item.captions) for _, item in synthetic_items(len(SCENES) + 10, 0)]
-    assert len(set(captions[: len(SCENES)])) == len(SCENES)
-    assert captions[len(SCENES) :] == captions[:10]
+@BOTH
+def test_an_image_does_not_depend_on_how_many_there_are(world: World) -> None:
+    few = [item for split, item in synthetic_items(world, 20, 3, 10) if split == "train"]
+    many = [item for split, item in synthetic_items(world, 500, 3, 10) if split == "train"]
+    assert few == many[:20] and len(many) == 500
 
 
-@pytest.mark.parametrize("number", range(40))
+@BOTH
+@pytest.mark.parametrize("seed", [0, 1])
+def test_splits_keep_apart_what_they_promise(world: World, seed: int) -> None:
+    splits = split_scenes(world, seed, 100)
+    scenes = [scene for split in splits.values() for scene in split]
+    assert len(set(scenes)) == len(scenes) and len(splits["val"]) == 50
+    assert len(splits["novel"]) == len(splits["compositional"]) == 100
+    pairs_of = unseen_pairs(world, seed)
+
+    def has(scene: tuple[str, ...]) -> list[bool]:
+        return [
+            (world.value(scene, a), world.value(scene, b)) in pairs
+            for (a, b), pairs in pairs_of.items()
+        ]
+
+    for split in ("train", "val", "novel"):
+        assert not any(any(has(scene)) for scene in splits[split])
+    new = [has(scene) for scene in splits["compositional"]]
+    assert all(any(hits) for hits in new)
+    assert any(all(hits) for hits in new)
+    for (a, b), pairs in pairs_of.items():
+        for place, name in enumerate((a, b)):
+            partners = Counter(pair[place] for pair in pairs)
+            others = len(world.attributes[(b, a)[place]])
+            assert set(partners) == set(world.attributes[name])
+            assert min(partners.values()) >= 2 and others - max(partners.values()) >= 4
+
+
+def test_another_seed_keeps_other_pairs_apart() -> None:
+    a, b = (set(split_scenes(ONE, seed, 100)["compositional"]) for seed in (0, 1))
+    assert len(a & b) < 50
+
+
+@BOTH
+def test_captions_can_be_read_back(world: World) -> None:
+    for scene in random.Random(0).sample(world.scenes, 50):
+        for template in range(len(world.captions)):
+            assert world.read(world.caption(scene, template)) == (scene, template)
+    assert world.read("a cat on a mat") is None
+    assert world.read(world.caption(world.scenes[0], 0) + " and a cat") is None
+    assert len(set(world.captions)) == 5
+
+
+def test_the_other_side_of_a_relation_is_the_same_picture() -> None:
+    scene = ("red", "star", "left of", "blue", "ring", "pink")
+    other = TWO.other_side(scene)
+    assert other == ("blue", "ring", "right of", "red", "star", "pink")
+    assert TWO.other_side(other) == scene and ONE.other_side(scene[:5]) == scene[:5]
+    assert scene in TWO.scenes and other not in TWO.scenes
+    # a caption that names the second object first tells the same scene
+    assert "right of" in TWO.caption(scene, 1) and TWO.read(TWO.caption(scene, 1)) == (scene, 1)
+
+
+def test_training_neighbours_differ_in_one_attribute() -> None:
+    scenes = split_scenes(ONE, 0, 100)["train"]
+    for number in (0, 1, 3):
+        order = train_order(ONE, scenes, number, 0)
+        assert sorted(order) == sorted(scenes)
+        alone = [
+            sum(a != b for a, b in zip(first, second, strict=True)) == 1
+            for first, second in itertools.pairwise(order)
+        ]
+        # groups of the attribute's remaining values (of shape 4) stand together
+        assert np.mean(alone) > 0.6
+    assert train_order(ONE, scenes, 0, 0) != train_order(ONE, scenes, 2, 0)
+
+
+def picture(world: World, number: int) -> tuple[np.ndarray, tuple[str, ...], list[str]]:
+    items = [item for split, item in synthetic_items(world, number + 1, 0, 10) if split == "train"]
+    jpeg, meta = make_scene(items[number], size=SIZE, quality=95)
+    image = np.asarray(Image.open(io.BytesIO(jpeg))).astype(int)
+    return image, tuple(meta["image_id"].split("-")), meta["captions"]
+
+
+@pytest.mark.parametrize("number", range(0, 400, 10))
 def test_picture_is_what_the_captions_say(number: int) -> None:
-    image, meta = make(number)
-    size, colour, shape, row, column, background = meta["image_id"].split("-")
-    place = "centre" if (row, column) == ("middle", "centre") else f"{row} {column}"
-    for caption in meta["captions"]:
-        words = caption.replace(",", "").split()
-        assert {size, colour, shape, background, *place.split()} <= set(words), caption
-    assert np.abs(image[0, 0] - COLOURS[background]).max() < 12
-    distance = np.abs(image - np.array(COLOURS[background])).sum(2)
-    object_pixels = np.argwhere(
-        np.abs(image - np.array(COLOURS[colour])).sum(2) < np.minimum(distance, 80)
-    )
-    y, x = (object_pixels.min(0) + object_pixels.max(0)) / 2 / SIZE
-    assert ("top", "middle", "bottom")[int(y * 3)] == row
-    assert ("left", "centre", "right")[int(x * 3)] == column
-    height = np.ptp(object_pixels[:, 0]) / SIZE
-    assert (height > 0.21) == (size == "large"), height
-    filled = len(object_pixels) / np.prod(np.ptp(object_pixels, axis=0) + 1)
+    image, scene, captions = picture(ONE, number)
+    size, colour, shape, place, background = scene
+    assert all(ONE.read(caption)[0] == scene for caption in captions)  # type: ignore[index]
+    assert np.abs(image[0, 0] - BACKGROUNDS[background]).max() < 30
+    distance = np.abs(image - image[0, 0]).sum(2)
+    near = np.abs(image - np.array(COLOURS[colour])).sum(2)
+    pixels = np.argwhere(near < np.minimum(distance, 90))
+    y, x = (pixels.min(0) + pixels.max(0)) / 2 / SIZE
+    wanted = PLACES[place]
+    assert abs(x - wanted[0]) < 0.1 and abs(y - wanted[1]) < 0.1
+    extent = np.ptp(pixels, axis=0)
+    # a shape is 1.4 (square) to 2 (circle) radii high
+    radius = extent.max() / SIZE / (1.42 if shape == "square" else 1.9)
+    assert (radius > 0.175) == (size == "large"), radius
+    filled = len(pixels) / np.prod(extent + 1)
     low, high = {
         "circle": (0.70, 0.86),
         "square": (0.92, 1.0),
-        "diamond": (0.42, 0.65),
-        "triangle": (0.42, 0.60),
+        "triangle": (0.40, 0.60),
         "cross": (0.45, 0.66),
         "star": (0.25, 0.45),
+        "ring": (0.48, 0.66),
     }[shape]
     assert low <= filled <= high, (shape, filled)
+    if shape == "ring":  # it has a hole
+        middle = image[int(y * SIZE), int(x * SIZE)]
+        assert np.abs(middle - image[0, 0]).sum() < 30
+
+
+@pytest.mark.parametrize("number", range(12))
+def test_two_objects_stand_as_the_captions_say(number: int) -> None:
+    image, scene, _ = picture(TWO, number)
+    colour, _, relation, other, _, _ = scene
+    if colour == other:
+        pytest.skip("the objects cannot be told apart by colour")
+    places = []
+    for name in (colour, other):
+        near = np.abs(image - np.array(COLOURS[name])).sum(2)
+        distance = np.abs(image - image[0, 0]).sum(2)
+        rivals = [np.abs(image - np.array(c)).sum(2) for n, c in COLOURS.items() if n != name]
+        pixels = np.argwhere((near < np.minimum(distance, 90)) & (near < np.min(rivals, axis=0)))
+        places.append(np.median(pixels, axis=0))
+    (y, x), (other_y, other_x) = places
+    assert {"left of": x < other_x, "above": y < other_y}[relation]
+
+
+def test_texts_tell_of_all_scenes_and_show_none() -> None:
+    items = [item for split, item in synthetic_items(ONE, 6000, 0, 10) if split == "text"]
+    assert sorted(tuple(item.payload["scene"]) for item in items) == sorted(ONE.scenes)
+    pictures = {make_scene(item, size=16, quality=95)[0] for item in items[:20]}
+    assert len(pictures) == 1
+
+
+def test_every_world_is_known_by_its_name() -> None:
+    assert all(WORLDS[name].name == name for name in WORLDS)

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from tiny import train_in_process
+from whole_runs import last_metrics
 
 from blip2_train.checkpoint import io
-from blip2_train.demo import last_metrics
 from blip2_train.losses import smoothing_floor
 from blip2_train.prepare import main as prepare
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 from tiny import train_in_process
+from whole_runs import last_metrics
 
-from blip2_train.demo import last_metrics
 from blip2_train.prepare import main as prepare
 
 PAIRS = 32

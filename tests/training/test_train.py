@@ -182,7 +182,7 @@ def test_other_shards_are_refused(
     shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     other = tmp_path / "other"
-    options = "--samples 60 --size 32 --workers 1 --seed 5"
+    options = "--samples 60 --held-out 10 --size 32 --workers 1 --seed 5"
     prepare(["synthetic", "--out", str(other), *options.split()])
     overrides = tiny_run(shards, tmp_path, "run", **{"validation.every": "null"})
     assert train_in_process([*overrides, "trainer.max_steps=4"]) == 0
@@ -339,7 +339,9 @@ def test_samples_that_cannot_be_decoded_are_written_down(tmp_path: Path) -> None
     from blip2_train.data.shards import read_index, write_index, write_shard
 
     folder = tmp_path / "shards"
-    options = "--samples 60 --size 32 --samples-per-shard 60 --workers 1 --tokenizer 160"
+    options = (
+        "--samples 54 --held-out 12 --size 32 --samples-per-shard 60 --workers 1 --tokenizer 160"
+    )
     prepare(["synthetic", "--out", str(folder), *options.split()])
     index = read_index(folder)
     good = next(info for info in index.values() if info.split == "train")

@@ -1,0 +1,244 @@
+"""The demo's results: one table, report.json, report.html and the pictures beside it."""
+
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from blip2_train.data.synthetic import World
+from blip2_train.demo.measure import RERANKED, Measured
+from blip2_train.demo.plan import WITHOUT
+from blip2_train.evaluation.attention import overlay
+from blip2_train.evaluation.curves import read_metrics, run_charts
+from blip2_train.evaluation.report import Chart, Picture, Sample, Section, Series, Table, write_page
+from blip2_train.evaluation.samples import Row, draw_sheet
+from blip2_train.evaluation.scenes import chance
+from blip2_train.losses import choice_levels, itm_prior
+
+# What a model that learned nothing has; the losses' levels are those of the runs.
+ITM_CHANCE = 100 * 2 / 3
+NAMES = {
+    "clip": "stage 0, tower",
+    "lm": "stage 0, language model",
+    "stage1": "stage 1",
+    "stage2": "stage 2",
+    WITHOUT: "stage 2 without stage 1",
+}
+
+
+def results(
+    world: World, found: Mapping[str, Measured], settings: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The content of report.json, but for the seconds it took."""
+    return {
+        "settings": dict(settings),
+        "chance": chance(world),
+        "images": {split: len(measured.images) for split, measured in found.items()},
+        "splits": {split: measured.numbers for split, measured in found.items()},
+    }
+
+
+def table(world: World, report: Mapping[str, Any]) -> Table:
+    """Every number that is claimed, with chance beside it."""
+    splits = report["splits"]
+    lucky = report["chance"]
+    rows: list[list[str]] = []
+
+    def add(label: str, values: Iterable[float | None], chance: str, form: str = "{:.1f}") -> None:
+        rows.append([label, *("" if v is None else form.format(v) for v in values), chance])
+
+    def accuracies(title: str, key: str, of_two: bool = False, more: tuple[str, ...] = ()) -> None:
+        for name in (*world.attributes, *more):
+            values = [split[key][name] for split in splits.values()]
+            of = 50.0 if of_two else lucky[name]
+            level = f"{of:.2g}" if of < 1 else f"{of:.1f}"
+            add(f"{title}: {name.replace('_', ' ')}", values, level)
+
+    accuracies("stage 2 says, right %", "stage2_captions", more=("everything",))
+    for pair in world.unseen:
+        for name in pair:
+            values = [split["stage2_unseen"].get(name) for split in splits.values()]
+            label = f"stage 2 says, right %, only unseen {' and '.join(pair)}: {name}"
+            add(label.replace("_", " "), values, f"{lucky[name]:.1f}")
+    accuracies("stage 2 without stage 1 says, right %", f"{WITHOUT}_captions", more=("everything",))
+    accuracies("stage 1 says, right %", "stage1_captions", more=("everything",))
+    accuracies("tower, best of all values %", "tower_choice")
+    accuracies("contrast (ITC), best of all values %", "itc_choice")
+    accuracies("contrast (ITC), true before foil %", "itc_foil", of_two=True)
+    accuracies("matching (ITM), true before foil %", "itm_foil", of_two=True)
+    smallest = 100.0 / min(report["images"].values())
+    for label, key in (
+        ("image to text R@1 %, ITC", "i2t_r1"),
+        ("text to image R@1 %, ITC", "t2i_r1"),
+        (f"image to text R@1 %, best {RERANKED} by ITM", "itm_i2t_r1"),
+        (f"text to image R@1 %, best {RERANKED} by ITM", "itm_t2i_r1"),
+    ):
+        add(label, [s["stage1"][key] for s in splits.values()], f"{smallest:.1f}")
+    accuracy = [100 * s["stage1"]["itm_accuracy"] for s in splits.values()]
+    add("matching (ITM) accuracy %, hard negatives", accuracy, f"{ITM_CHANCE:.1f}")
+    for run in ("stage2", WITHOUT):
+        losses = [s[run] for s in splits.values()]
+        seeing, blind = (f"{losses[0][key]:.2f} at best" for key in ("seeing", "blind"))
+        for label, key, level in (
+            ("loss with the right image, nats/token", "lm_right", seeing),
+            ("loss of the language model alone", "lm_alone", blind),
+            ("loss with another image", "lm_shuffled", ""),
+            ("grounding gap, nats/token", "grounding_gap", "0"),
+        ):
+            add(f"{NAMES[run]}: {label}", [x[key] for x in losses], level, "{:.3f}")
+    return Table(["", *splits, "without learning"], rows)
+
+
+def write_report(
+    out: Path,
+    world: World,
+    found: Mapping[str, Measured],
+    report: Mapping[str, Any],
+    minutes: float,
+) -> None:
+    """Writes `out/report.html` and the pictures."""
+    first = next(iter(found))
+    measured = found[first]
+    numbers = report["splits"][first]
+    said, alone = numbers["stage2_captions"], numbers["stage2"]
+    intro = [
+        f"BLIP-2 pre-trained from nothing on rendered scenes in {minutes:.0f} minutes on this "
+        "machine: an image tower, a language model, stage 1 and stage 2, with the modules, "
+        "configurations and commands of real runs.",
+        f"On scenes that were never rendered in training, {said['everything']:.1f} % of the "
+        f"captions of stage 2 are right in every attribute (by guessing: "
+        f"{report['chance']['everything']:.2g} %). The right image saves "
+        f"{alone['grounding_gap']:.2f} nats per token against another one.",
+    ]
+    sections = [
+        Section(
+            "Captions",
+            "Held-out scenes and what each stage says of them. Green words are true of the image; "
+            "underlined ones are not.",
+            samples=_captioned(world, measured),
+        ),
+        Section(
+            "Losses",
+            "Solid: training batches; dashed: validation. Dotted lines: a model that learned "
+            "nothing (chance), and the lowest loss there is (floor).",
+            charts=_charts(out, numbers),
+        ),
+        Section(
+            "All numbers",
+            "novel: scenes never rendered in training. compositional: scenes with pairs of values "
+            "that no training scene has together, such as this colour at that place. A foil is the "
+            "true caption with a single attribute changed: harder than retrieval suggests.",
+            tables=[table(world, report)],
+        ),
+        Section(
+            "Where the queries look",
+            "Cross-attention of the last layer, one picture per query, mean over heads: dark where "
+            "it does not look. The tower has spread what it sees over its tokens before.",
+            pictures=_attention(measured),
+        ),
+        Section(
+            "Hard negatives and retrieval",
+            "For each image the text, and for its text the image, that matching is given to tell "
+            "apart: drawn by similarity within held-out batches as in training. And what contrast "
+            "finds, best first; green if it belongs to the image.",
+            samples=_found(measured.rows),
+        ),
+    ]
+    write_page(out / "report.html", "blip2-train: the demo", intro, sections)
+    draw_sheet(measured.rows, f"stage 1 on {first} scenes", out / "stage1.png")
+    sheet = [
+        Row(sample.image, sample.said["stage 2"], list(sample.truth))
+        for sample in _captioned(world, measured)
+    ]
+    draw_sheet(sheet, f"stage 2 on {first} scenes", out / "stage2.png")
+
+
+def _captioned(world: World, measured: Measured, count: int = 12) -> list[Sample]:
+    images = measured.images
+    samples = []
+    for number in range(min(count, len(images))):
+        place = number * len(images) // min(count, len(images))
+        item = images[place]
+        picture = Image.fromarray(item.image.permute(1, 2, 0).numpy())
+        said = {NAMES[run]: captions[place] for run, captions in measured.captions.items()}
+        samples.append(Sample(picture, _paraphrases(world, item.captions[0]), said))
+    return samples
+
+
+def _paraphrases(world: World, caption: str) -> list[str]:
+    """The caption and all others that are as true."""
+    found = world.read(caption)
+    assert found is not None, caption
+    others = [world.caption(found[0], number) for number in range(len(world.captions))]
+    return [caption, *others]
+
+
+def _found(rows: list[Row]) -> list[Sample]:
+    return [
+        Sample(
+            row.image,
+            row.truth,
+            {},
+            row.texts,
+            row.query,
+            row.images,
+            row.negative_image,
+            row.negative_text,
+        )
+        for row in rows
+    ]
+
+
+def _attention(measured: Measured, count: int = 4) -> list[Picture]:
+    pictures = []
+    for row, maps in list(zip(measured.rows, measured.attention, strict=True))[:count]:
+        pictures.append(Picture(row.image, row.truth[0]))
+        pictures += [
+            Picture(overlay(row.image, weights), f"query {number + 1}")
+            for number, weights in enumerate(maps)
+        ]
+    return pictures
+
+
+def _charts(out: Path, numbers: Mapping[str, Mapping[str, float]]) -> list[Chart]:
+    """Losses of all runs; stage 2 with and without stage 1 in one chart."""
+    charts = []
+    losses = ("loss_itc", "loss_itm", "loss_lm")
+    for run in ("clip", "lm", "stage1"):
+        metrics = read_metrics(out / run / "metrics.csv")
+        levels = {name: _levels(run, name, numbers) for name in losses}
+        own = {k: v for k, v in metrics.items() if k.split("/")[-1] in (*losses, "itm_accuracy")}
+        for chart in run_charts(own, levels):
+            charts.append(Chart(f"{NAMES[run]}: {chart.title}", chart.series, chart.levels))
+    series = []
+    for run in ("stage2", WITHOUT):
+        metrics = read_metrics(out / run / "metrics.csv")
+        for kind in ("train", "val"):
+            curve = metrics[f"{kind}/loss_lm"]
+            name = f"{kind}{'' if run == 'stage2' else ', without stage 1'}"
+            series.append(Series(name, curve.steps, curve.values, curve.dashed))
+    title = f"{NAMES['stage2']}: captioning (LM) loss, nats per token"
+    charts.append(Chart(title, series, _levels("stage2", "loss_lm", numbers)))
+    return charts
+
+
+def _levels(run: str, loss: str, numbers: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    if loss == "loss_itm":
+        return {"chance": itm_prior()}
+    if loss == "loss_itc":
+        size, smoothing = (128, 0.0) if run == "clip" else (64, 0.1)
+        high, low = choice_levels(size, smoothing)
+        return {"chance": high, "floor": low} if low else {"chance": high}
+    if run == "stage2":
+        losses = numbers["stage2"]
+        return {"without looking": losses["lm_alone"], "best possible": losses["seeing"]}
+    return {}
+
+
+def finite(report: Any) -> Any:
+    """The report with None for numbers that JSON cannot hold."""
+    if isinstance(report, Mapping):
+        return {key: finite(value) for key, value in report.items()}
+    return None if isinstance(report, float) and not math.isfinite(report) else report

@@ -1,0 +1,153 @@
+"""The demo, in its quick form: it learns next to nothing, but everything runs.
+
+- it leaves a report with every number beside its chance level, and a page that needs no network
+- killed at random moments and started again, it leaves the same report, times aside
+- another demo in its folder is refused in one sentence
+"""
+
+import contextlib
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from whole_runs import one_thread, pids_of
+
+from blip2_train.data.synthetic import WORLDS
+from blip2_train.demo.page import table
+from blip2_train.demo.plan import PLANS, RUNS, train_command
+
+PARTS = ["shards", *RUNS, "evaluation"]
+
+
+def command(out: Path) -> list[str]:
+    return [sys.executable, "-m", "blip2_train.demo.run", "--quick", "--out", str(out)]
+
+
+def run(out: Path) -> str:
+    done = subprocess.run(
+        command(out), capture_output=True, text=True, env=one_thread(), timeout=400
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("demo") / "whole"
+    said = run(out)
+    assert all(f"[{i + 1}/7] {part}" in said for i, part in enumerate(PARTS))
+    assert "without learning" in said and "report.html" in said
+    return out
+
+
+def numbers(out: Path) -> dict[str, Any]:
+    content = json.loads((out / "report.json").read_text())
+    assert set(content.pop("seconds")) == {*PARTS, "threads"}
+    return content
+
+
+def page(out: Path) -> str:
+    return re.sub(r"in \d+ minutes? on", "", (out / "report.html").read_text())
+
+
+def test_report_has_everything(undisturbed: Path) -> None:
+    content = numbers(undisturbed)
+    assert content["images"] == {"novel": 64, "compositional": 64}
+    world = WORLDS[content["settings"]["world"]]
+    for split in content["splits"].values():
+        for name in ("stage1", "stage2", "stage2_without_stage1"):
+            assert {*world.attributes, "everything"} <= set(split[f"{name}_captions"])
+            assert "grounding_gap" in split[name]
+        assert {"itm_accuracy", "i2t_r1", "itm_t2i_r1"} <= set(split["stage1"])
+        loss = split["stage2"]
+        assert loss["seeing"] < loss["blind"] < loss["lm_alone"]
+    rows = table(world, content).rows
+    assert len(rows) > 40 and all(len(row) == 4 for row in rows)
+    # no novel scene has an unseen pair
+    assert all(bool(row[1]) == ("unseen" not in row[0]) and row[2] for row in rows)
+
+
+def test_page_is_one_file(undisturbed: Path) -> None:
+    text = page(undisturbed)
+    sources = re.findall(r'(?:src|href)="([^"]*)"', text)
+    assert len(sources) > 40 and all(s.startswith(("data:image/", "#")) for s in sources)
+    assert not re.search(r"<script|@import|<link", text)
+    for title in ("Captions", "Losses", "All numbers", "Where the queries look", "Hard negatives"):
+        assert f">{title}" in text, title
+    assert text.count("hard negative image") > 3 and text.count("<svg") >= 7
+    assert (undisturbed / "stage1.png").exists() and (undisturbed / "stage2.png").exists()
+    for name in RUNS:
+        assert (undisturbed / name / "report.html").exists(), name
+
+
+def interrupted(out: Path, parts: list[str], rng: random.Random) -> int:
+    """Runs the demo, killed once in each of some parts; returns how often it was killed."""
+    kills = 0
+    for part in parts:
+        process = subprocess.Popen(
+            command(out),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=one_thread(),
+            start_new_session=True,
+        )
+        assert process.stdout is not None
+        for line in process.stdout:
+            if re.match(rf"\[\d/7\] {part}:", line):
+                break
+        os.set_blocking(process.stdout.fileno(), False)
+        time.sleep(rng.uniform(0, 6))
+        kills += process.poll() is None
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+        while pids_of(str(out)):
+            time.sleep(0.05)
+    return kills
+
+
+def test_killed_twice_it_leaves_the_same_report(undisturbed: Path, tmp_path: Path) -> None:
+    rng = random.Random()
+    parts = sorted(rng.sample(PARTS[1:], 2), key=PARTS.index)
+    assert interrupted(tmp_path / "killed", parts, rng), parts
+    run(tmp_path / "killed")
+    assert numbers(tmp_path / "killed") == numbers(undisturbed), parts
+    assert page(tmp_path / "killed") == page(undisturbed), parts
+
+
+@pytest.mark.slow
+def test_killed_in_every_part_it_leaves_the_same_report(undisturbed: Path, tmp_path: Path) -> None:
+    assert interrupted(tmp_path / "killed", PARTS, random.Random()) >= 4
+    run(tmp_path / "killed")
+    assert numbers(tmp_path / "killed") == numbers(undisturbed)
+    assert page(tmp_path / "killed") == page(undisturbed)
+
+
+def test_another_demo_in_the_folder_is_refused(undisturbed: Path) -> None:
+    other = [*command(undisturbed), "--seed", "1"]
+    done = subprocess.run(other, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 2
+    assert "holds other data" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("kind", PLANS)
+@pytest.mark.parametrize("name", RUNS)
+def test_commands_compose(kind: str, name: str, tmp_path: Path) -> None:
+    from blip2_train.config import to_plain, validate
+    from blip2_train.train import compose
+
+    plan = PLANS[kind]
+    cfg = to_plain(compose(train_command(plan, name, tmp_path, seed=3)))
+    validate(cfg)
+    assert cfg["seed"] == 3 and cfg["run"]["name"] == name
+    assert cfg["trainer"]["max_steps"] == plan.steps[cfg["stage"]]
