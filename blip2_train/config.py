@@ -227,6 +227,7 @@ NUMBERS: dict[str, tuple[float, float]] = {
     "optimizer.grad_clip": (1e-12, math.inf),
     "optimizer.lr": (0, math.inf),
     "optimizer.weight_decay": (0, math.inf),
+    "qformer.query_std": (1e-12, math.inf),
     "schedule.min_lr": (0, math.inf),
     "schedule.warmup_lr": (0, math.inf),
 }

@@ -71,8 +71,10 @@ def test_report_has_everything(undisturbed: Path) -> None:
         assert loss["seeing"] < loss["blind"] < loss["lm_alone"]
     rows = table(world, content).rows
     assert len(rows) > 40 and all(len(row) == 4 for row in rows)
+    numbers_of = [row for row in rows if row[0].startswith("\u2003")]
+    assert len(numbers_of) > 40 and all(row[2] for row in numbers_of), "a number is missing"
     # no novel scene has an unseen pair
-    assert all(bool(row[1]) == ("unseen" not in row[0]) and row[2] for row in rows)
+    assert all(bool(row[1]) == ("(with" not in row[0]) for row in numbers_of)
 
 
 def test_page_is_one_file(undisturbed: Path) -> None:
@@ -116,9 +118,9 @@ def interrupted(out: Path, parts: list[str], rng: random.Random) -> int:
     return kills
 
 
-def test_killed_twice_it_leaves_the_same_report(undisturbed: Path, tmp_path: Path) -> None:
+def test_killed_it_leaves_the_same_report(undisturbed: Path, tmp_path: Path) -> None:
     rng = random.Random()
-    parts = sorted(rng.sample(PARTS[1:], 2), key=PARTS.index)
+    parts = rng.sample(PARTS[:-1], 1)  # in the last it might be over before it is killed
     assert interrupted(tmp_path / "killed", parts, rng), parts
     run(tmp_path / "killed")
     assert numbers(tmp_path / "killed") == numbers(undisturbed), parts

@@ -46,48 +46,56 @@ def table(world: World, report: Mapping[str, Any]) -> Table:
     lucky = report["chance"]
     rows: list[list[str]] = []
 
+    def heading(text: str) -> None:
+        rows.append([text, *("" for _ in splits), ""])
+
     def add(label: str, values: Iterable[float | None], chance: str, form: str = "{:.1f}") -> None:
-        rows.append([label, *("" if v is None else form.format(v) for v in values), chance])
+        shown = ("" if value is None else form.format(value) for value in values)
+        rows.append([f"\u2003{label.replace('_', ' ')}", *shown, chance])
 
     def accuracies(title: str, key: str, of_two: bool = False, more: tuple[str, ...] = ()) -> None:
+        heading(title)
         for name in (*world.attributes, *more):
-            values = [split[key][name] for split in splits.values()]
             of = 50.0 if of_two else lucky[name]
             level = f"{of:.2g}" if of < 1 else f"{of:.1f}"
-            add(f"{title}: {name.replace('_', ' ')}", values, level)
+            add(name, [split[key][name] for split in splits.values()], level)
 
-    accuracies("stage 2 says, right %", "stage2_captions", more=("everything",))
+    accuracies("stage 2's captions, right %", "stage2_captions", more=("everything",))
+    heading("the same where a pair is unseen")
     for pair in world.unseen:
         for name in pair:
             values = [split["stage2_unseen"].get(name) for split in splits.values()]
-            label = f"stage 2 says, right %, only unseen {' and '.join(pair)}: {name}"
-            add(label.replace("_", " "), values, f"{lucky[name]:.1f}")
-    accuracies("stage 2 without stage 1 says, right %", f"{WITHOUT}_captions", more=("everything",))
-    accuracies("stage 1 says, right %", "stage1_captions", more=("everything",))
-    accuracies("tower, best of all values %", "tower_choice")
-    accuracies("contrast (ITC), best of all values %", "itc_choice")
-    accuracies("contrast (ITC), true before foil %", "itc_foil", of_two=True)
-    accuracies("matching (ITM), true before foil %", "itm_foil", of_two=True)
+            other = pair[1] if name == pair[0] else pair[0]
+            add(f"{name} (with {other})", values, f"{lucky[name]:.1f}")
+    title = "captions of stage 2 without stage 1"
+    accuracies(title, f"{WITHOUT}_captions", more=("everything",))
+    accuracies("stage 1's captions", "stage1_captions", more=("everything",))
+    accuracies("tower: best of all values, %", "tower_choice")
+    accuracies("ITC: best of all values, %", "itc_choice")
+    accuracies("ITC: truth before foil, %", "itc_foil", of_two=True)
+    accuracies("ITM: truth before foil, %", "itm_foil", of_two=True)
+    heading("stage 1, %")
     smallest = 100.0 / min(report["images"].values())
     for label, key in (
-        ("image to text R@1 %, ITC", "i2t_r1"),
-        ("text to image R@1 %, ITC", "t2i_r1"),
-        (f"image to text R@1 %, best {RERANKED} by ITM", "itm_i2t_r1"),
-        (f"text to image R@1 %, best {RERANKED} by ITM", "itm_t2i_r1"),
+        ("image to text R@1, ITC", "i2t_r1"),
+        ("text to image R@1, ITC", "t2i_r1"),
+        (f"image to text, top {RERANKED} by ITM", "itm_i2t_r1"),
+        (f"text to image, top {RERANKED} by ITM", "itm_t2i_r1"),
     ):
         add(label, [s["stage1"][key] for s in splits.values()], f"{smallest:.1f}")
     accuracy = [100 * s["stage1"]["itm_accuracy"] for s in splits.values()]
-    add("matching (ITM) accuracy %, hard negatives", accuracy, f"{ITM_CHANCE:.1f}")
+    add("ITM accuracy, hard negatives", accuracy, f"{ITM_CHANCE:.1f}")
     for run in ("stage2", WITHOUT):
+        heading(f"{NAMES[run]}, nats/token")
         losses = [s[run] for s in splits.values()]
         seeing, blind = (f"{losses[0][key]:.2f} at best" for key in ("seeing", "blind"))
         for label, key, level in (
-            ("loss with the right image, nats/token", "lm_right", seeing),
-            ("loss of the language model alone", "lm_alone", blind),
-            ("loss with another image", "lm_shuffled", ""),
-            ("grounding gap, nats/token", "grounding_gap", "0"),
+            ("loss, right image", "lm_right", seeing),
+            ("loss, language model alone", "lm_alone", blind),
+            ("loss, another image", "lm_shuffled", ""),
+            ("grounding gap", "grounding_gap", "0"),
         ):
-            add(f"{NAMES[run]}: {label}", [x[key] for x in losses], level, "{:.3f}")
+            add(label, [x[key] for x in losses], level, "{:.3f}")
     return Table(["", *splits, "without learning"], rows)
 
 

@@ -42,6 +42,9 @@ class QFormer(nn.Module):
         num_heads: attention heads (H); must divide `hidden_size`.
         intermediate_size: width of both feed-forwards.
         num_query_tokens: learned queries (Q).
+        query_std: of their initial values, normal with zero mean. A norm follows them, so it says
+            how fast they turn: where the learning rate times some tens of steps exceeds it, a
+            gradient that all queries share makes one query of them all.
         cross_attention_freq: every how many blocks, from block 0 on, the queries see the image.
         max_positions: rows of the text position table.
         dropout: probability on embeddings, attention weights and sub-layer outputs.
@@ -64,6 +67,7 @@ class QFormer(nn.Module):
         num_heads: int = 12,
         intermediate_size: int = 3072,
         num_query_tokens: int = 32,
+        query_std: float = 0.02,
         cross_attention_freq: int = 2,
         max_positions: int = 512,
         dropout: float = 0.1,
@@ -111,7 +115,7 @@ class QFormer(nn.Module):
         # with 0.02 the text would hardly reach the queries, and matching would stay at chance.
         std = 0.02 * (768 / hidden_size) ** 0.5
         self.apply(functools.partial(_init_weights, std=std))
-        nn.init.normal_(self.query_tokens, std=0.02)  # zeros would keep all queries identical
+        nn.init.normal_(self.query_tokens, std=query_std)  # zeros would keep them identical
 
     # -- inputs ----------------------------------------------------------------------------------
 

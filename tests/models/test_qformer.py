@@ -242,6 +242,8 @@ def test_queries_start_small_and_different() -> None:
     assert queries.shape == (1, 32, 768)
     assert queries.std().item() == pytest.approx(0.02, rel=0.05)
     assert torch.pdist(queries[0]).min() > 0.5
+    wide = QFormer(vocab_size=5, vision_width=8, num_layers=1, query_std=0.5).query_tokens
+    assert wide.std().item() == pytest.approx(0.5, rel=0.05)
     qformer = tiny_qformer()
     embeds = tiny_batch(B)["image_embeds"]
     output, _ = qformer.forward_queries(qformer.project_image(embeds))
