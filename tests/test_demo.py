@@ -44,7 +44,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("demo") / "whole"
     said = run(out)
     assert all(f"[{i + 1}/7] {part}" in said for i, part in enumerate(PARTS))
-    assert "without learning" in said and "report.html" in said
+    assert "chance" in said and "report.html" in said
     return out
 
 

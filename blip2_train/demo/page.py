@@ -96,7 +96,7 @@ def table(world: World, report: Mapping[str, Any]) -> Table:
             ("grounding gap", "grounding_gap", "0"),
         ):
             add(label, [x[key] for x in losses], level, "{:.3f}")
-    return Table(["", *splits, "without learning"], rows)
+    return Table(["", *splits, "chance"], rows)
 
 
 def write_report(

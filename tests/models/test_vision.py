@@ -308,3 +308,20 @@ def test_autocast_does_not_reach_the_tower() -> None:
             cast = vision(images(64))
         assert plain.dtype == cast.dtype == vision.dtype == dtype
         assert plain.equal(cast)
+
+
+def test_options_shape_the_model() -> None:
+    small = {"layers": [1, 1, 1, 1], "channels": [8, 16, 24, 32], "output_stride": 8}
+    tower = VisionTower(
+        "resnet10t", weights="random", image_size=48, drop_last_block=False, options=small
+    )
+    assert (tower.num_tokens, tower.width) == (36, 32)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [({"no_such": 1}, "no_such"), ({"layers": "many"}, "layers"), ({"num_classes": 5}, "may not")],
+)
+def test_wrong_options_are_refused(options: dict, said: str) -> None:
+    with pytest.raises(UserError, match=rf"vision\.options.*{said}"):
+        VisionTower("resnet10t", weights="random", drop_last_block=False, options=options)
