@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,16 @@ class Measured:
     rows: list[Row] = field(default_factory=list)
     attention: list[Tensor] = field(default_factory=list)
 
+    @cached_property
+    def pixels(self) -> Tensor:
+        """uint8 [N, 3, S, S] of all images."""
+        return torch.stack([self.images[i].image for i in range(len(self.images))])
+
+    @cached_property
+    def texts(self) -> list[str]:
+        """The caption of each image."""
+        return [self.images[i].captions[0] for i in range(len(self.images))]
+
 
 def measure(
     out: Path,
@@ -99,49 +110,44 @@ def measure(
             with torch.no_grad():
                 evaluation(run, stage, model, world, measured)
             done()
-    unseen = unseen_pairs(world, seed)
     for measured in found.values():
-        truths = _truths(world, measured)
-        for run, said in measured.captions.items():
-            numbers: dict[str, float] = {}
-            for (a, b), pairs in unseen.items():
-                new = [
-                    (truth, text)
-                    for truth, text in zip(truths, said, strict=True)
-                    if (world.value(truth.scene, a), world.value(truth.scene, b)) in pairs
-                ]
-                if new:
-                    right = caption_accuracy(world, *zip(*new, strict=True))
-                    numbers |= {a: right[a], b: right[b]}
-            measured.numbers[f"{run}_unseen"] = numbers
+        for run in measured.captions:
+            measured.numbers[f"{run}_unseen"] = _of_unseen_pairs(run, world, seed, measured)
     return found
 
 
-def _all_images(measured: Measured) -> Tensor:
-    return torch.stack([measured.images[i].image for i in range(len(measured.images))])
-
-
-def _truths(world: World, measured: Measured) -> list[Any]:
-    captions = [measured.images[i].captions[0] for i in range(len(measured.images))]
-    return read_captions(world, captions)
+def _of_unseen_pairs(run: str, world: World, seed: int, measured: Measured) -> dict[str, float]:
+    """Caption accuracy of the attributes of `world.unseen` where their pair is an unseen one."""
+    numbers: dict[str, float] = {}
+    said = list(zip(read_captions(world, measured.texts), measured.captions[run], strict=True))
+    for (a, b), pairs in unseen_pairs(world, seed).items():
+        new = [
+            (truth, text)
+            for truth, text in said
+            if (world.value(truth.scene, a), world.value(truth.scene, b)) in pairs
+        ]
+        if new:
+            right = caption_accuracy(world, *zip(*new, strict=True))
+            numbers |= {a: right[a], b: right[b]}
+    return numbers
 
 
 def _tower(run: str, stage: Any, model: Any, world: World, measured: Measured) -> None:
-    images = _all_images(measured)
+    images = measured.pixels
     features = torch.cat([model.encode_image(images[part]) for part in chunks(len(images), BATCH)])
 
     def score(captions: list[list[str]]) -> Tensor:
         texts = _in_parts(captions, stage, model.encode_text)
         return torch.einsum("nke,ne->nk", texts, features)
 
-    truths = _truths(world, measured)
+    truths = read_captions(world, measured.texts)
     measured.numbers["tower_choice"] = choice_accuracy(world, truths, score)
     found, _ = evaluate(stage, model, measured.images, batch_size=BATCH)
     measured.numbers["tower"] = found.metrics
 
 
 def _stage1(run: str, stage: Any, model: Any, world: World, measured: Measured) -> None:
-    images = _all_images(measured)
+    images = measured.pixels
     parts = [model.vision(images[part]) for part in chunks(len(images), BATCH)]
     image: ImageKV = model.qformer.project_image(torch.cat(parts))
     features = model.encode_image(image).image_feats  # [N, Q, E]
@@ -151,7 +157,7 @@ def _stage1(run: str, stage: Any, model: Any, world: World, measured: Measured) 
         pairs = zip(features, texts, strict=True)
         return torch.cat([max_similarity(f[None], t) for f, t in pairs])
 
-    truths = _truths(world, measured)
+    truths = read_captions(world, measured.texts)
     numbers = measured.numbers
     numbers["itc_choice"] = choice_accuracy(world, truths, contrast)
     numbers["itc_foil"] = foil_accuracy(world, truths, contrast, SEED)
@@ -181,17 +187,13 @@ def _matching(stage: BertTextStage, model: Any, image: ImageKV) -> Score:
 
 
 def _stage2(run: str, stage: Any, model: Any, world: World, measured: Measured) -> None:
-    images = _all_images(measured)
+    images = measured.pixels
     found, evaluator = evaluate(stage, model, measured.images, batch_size=BATCH)
-    tokens = [len(ids) for ids in stage.text.words(_captions(measured))]
+    tokens = [len(ids) for ids in stage.text.words(measured.texts)]
     edges = 1 + len(stage.text.start)  # an end, and a start where the model has one
     mean = sum(tokens) / len(tokens) + edges
     measured.numbers[run] = found.metrics | best_possible_loss(world, mean)
-    _speak(run, evaluator, images, world, _truths(world, measured), measured)
-
-
-def _captions(measured: Measured) -> list[str]:
-    return [measured.images[i].captions[0] for i in range(len(measured.images))]
+    _speak(run, evaluator, images, world, read_captions(world, measured.texts), measured)
 
 
 def _speak(

@@ -1,7 +1,7 @@
 """The demo's results: one table, report.json, report.html and the pictures beside it."""
 
-import math
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,21 @@ from blip2_train.demo.measure import RERANKED, Measured
 from blip2_train.demo.plan import WITHOUT
 from blip2_train.evaluation.attention import overlay
 from blip2_train.evaluation.curves import read_metrics, run_charts
-from blip2_train.evaluation.report import Chart, Picture, Sample, Section, Series, Table, write_page
+from blip2_train.evaluation.report import (
+    Chart,
+    Picture,
+    Sample,
+    Section,
+    Series,
+    Table,
+    sample_of,
+    write_page,
+)
 from blip2_train.evaluation.samples import Row, draw_sheet
 from blip2_train.evaluation.scenes import chance
 from blip2_train.losses import choice_levels, itm_prior
 
-# What a model that learned nothing has; the losses' levels are those of the runs.
-ITM_CHANCE = 100 * 2 / 3
+ITM_CHANCE = 100 * 2 / 3  # by always saying no
 NAMES = {
     "clip": "stage 0, tower",
     "lm": "stage 0, language model",
@@ -151,7 +159,7 @@ def write_report(
             "For each image the text, and for its text the image, that matching is given to tell "
             "apart: drawn by similarity within held-out batches as in training. And what contrast "
             "finds, best first; green if it belongs to the image.",
-            samples=_found(measured.rows),
+            samples=[replace(sample_of(row, ""), said={}) for row in measured.rows],
         ),
     ]
     write_page(out / "report.html", "blip2-train: the demo", intro, sections)
@@ -181,22 +189,6 @@ def _paraphrases(world: World, caption: str) -> list[str]:
     assert found is not None, caption
     others = [world.caption(found[0], number) for number in range(len(world.captions))]
     return [caption, *others]
-
-
-def _found(rows: list[Row]) -> list[Sample]:
-    return [
-        Sample(
-            row.image,
-            row.truth,
-            {},
-            row.texts,
-            row.query,
-            row.images,
-            row.negative_image,
-            row.negative_text,
-        )
-        for row in rows
-    ]
 
 
 def _attention(measured: Measured, count: int = 4) -> list[Picture]:
@@ -243,10 +235,3 @@ def _levels(run: str, loss: str, numbers: Mapping[str, Mapping[str, float]]) -> 
         losses = numbers["stage2"]
         return {"without looking": losses["lm_alone"], "best possible": losses["seeing"]}
     return {}
-
-
-def finite(report: Any) -> Any:
-    """The report with None for numbers that JSON cannot hold."""
-    if isinstance(report, Mapping):
-        return {key: finite(value) for key, value in report.items()}
-    return None if isinstance(report, float) and not math.isfinite(report) else report

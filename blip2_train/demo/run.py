@@ -1,7 +1,7 @@
 """The whole recipe on a laptop, offline: `blip2-demo`, or `make demo`.
 
-    blip2-demo                     rendered scenes with one object, about 13 minutes on two cores
-    blip2-demo --long              two objects and how they stand to each other, about an hour
+    blip2-demo                     rendered scenes with one object, about 14 minutes on two cores
+    blip2-demo --long              two objects and how they stand to each other, far longer
     blip2-demo --quick             a minute: shows that everything runs, learns nothing
 
 Shards, an image tower, a language model, stage 1, stage 2, stage 2 without stage 1, evaluation on
@@ -15,7 +15,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -70,7 +70,7 @@ def report(
     from blip2_train.data.atomic import write_json
     from blip2_train.data.synthetic import WORLDS
     from blip2_train.demo.measure import measure
-    from blip2_train.demo.page import finite, results, write_report
+    from blip2_train.demo.page import results, write_report
 
     world = WORLDS[plan.world]
     total = 4 * len(SPLITS)  # four of the runs know images
@@ -82,7 +82,7 @@ def report(
     content["seconds"] = {**seconds, "threads": torch.get_num_threads()}
     minutes = sum(seconds.values()) / 60
     write_report(out, world, found, content, minutes)
-    write_json(out / "report.json", finite(content))
+    write_json(out / "report.json", content)
     return content
 
 
@@ -134,7 +134,7 @@ class Progress:
         return f" (about {max(1, round(left))} min left in all)"
 
 
-def show(content: dict[str, Any], out: Path, print_line: Callable[[str], None] = print) -> None:
+def show(content: dict[str, Any], out: Path) -> None:
     """Prints the final table: what was reached, beside chance."""
     from rich.console import Console
     from rich.table import Table
@@ -150,7 +150,7 @@ def show(content: dict[str, Any], out: Path, print_line: Callable[[str], None] =
         shown.add_row(*row)
     Console().print(shown)
     minutes = sum(v for k, v in content["seconds"].items() if k != "threads") / 60
-    print_line(f"{minutes:.1f} minutes. Look at {out / 'report.html'}; numbers: {out}/report.json")
+    print(f"{minutes:.1f} minutes. Look at {out / 'report.html'}; numbers: {out}/report.json")
 
 
 def log_to(path: Path) -> None:
@@ -168,7 +168,7 @@ def main() -> None:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("blip2-demo", description=__doc__, formatter_class=formatter)
     kinds = parser.add_mutually_exclusive_group()
-    for kind, text in (("quick", "a minute, learns nothing"), ("long", "two objects, an hour")):
+    for kind, text in (("quick", "a minute, learns nothing"), ("long", "two objects, far longer")):
         kinds.add_argument(
             f"--{kind}", dest="kind", action="store_const", const=kind, default="", help=text
         )

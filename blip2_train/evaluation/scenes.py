@@ -6,6 +6,7 @@ chance 1 / k), against one other value (`foil_accuracy`, chance 1 / 2), and in c
 wrote (`caption_accuracy`).
 """
 
+import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -155,6 +156,5 @@ def best_possible_loss(world: World, tokens: float) -> dict[str, float]:
         world: of the scenes.
         tokens: of a caption, mean.
     """
-    wording = torch.tensor(float(len(world.captions))).log().item()
-    scene = torch.tensor(float(len(world.scenes))).log().item()
+    wording, scene = math.log(len(world.captions)), math.log(len(world.scenes))
     return {"seeing": wording / tokens, "blind": (wording + scene) / tokens}
