@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from whole_runs import one_thread, pids_of
+from whole_runs import one_thread, pids_of, start
 
 from blip2_train.data.synthetic import WORLDS
 from blip2_train.demo.page import table
@@ -94,14 +94,7 @@ def interrupted(out: Path, parts: list[str], rng: random.Random) -> int:
     """Runs the demo, killed once in each of some parts; returns how often it was killed."""
     kills = 0
     for part in parts:
-        process = subprocess.Popen(
-            command(out),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env=one_thread(),
-            start_new_session=True,
-        )
+        process = start(command(out))
         assert process.stdout is not None
         for line in process.stdout:
             if re.match(rf"\[\d/7\] {part}:", line):

@@ -83,19 +83,24 @@ def pids_of(argument: str) -> list[int]:
     return found
 
 
-def kill_in_the_middle(overrides: list[str], run: Path, processes: int, last: int = 12) -> None:
-    """Starts the command and kills it, children and all, once a checkpoint was followed by more.
-
-    `last` is the run's last step, which it must not have reached.
-    """
-    process = subprocess.Popen(
-        command(overrides, processes),
+def start(words: list[str]) -> subprocess.Popen[str]:
+    """Starts a command in a session of its own, on one thread; stdout and stderr are one pipe."""
+    return subprocess.Popen(
+        words,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         env=one_thread(),
         start_new_session=True,
     )
+
+
+def kill_in_the_middle(overrides: list[str], run: Path, processes: int, last: int = 12) -> None:
+    """Starts the command and kills it, children and all, once a checkpoint was followed by more.
+
+    `last` is the run's last step, which it must not have reached.
+    """
+    process = start(command(overrides, processes))
     assert process.stdout is not None
     lines = []
     for line in process.stdout:

@@ -15,16 +15,14 @@ from blip2_train.evaluation.curves import read_metrics, run_charts
 from blip2_train.evaluation.report import (
     Chart,
     Picture,
-    Sample,
     Section,
     Series,
     Table,
-    sample_of,
     write_page,
 )
 from blip2_train.evaluation.samples import Row, draw_sheet
 from blip2_train.evaluation.scenes import chance
-from blip2_train.losses import choice_levels, itm_prior
+from blip2_train.training.loading import load_run, loss_levels
 
 ITM_CHANCE = 100 * 2 / 3  # by always saying no
 NAMES = {
@@ -128,12 +126,13 @@ def write_report(
         f"{report['chance']['everything']:.2g} %). The right image saves "
         f"{alone['grounding_gap']:.2f} nats per token against another one.",
     ]
+    captioned = _captioned(world, measured)
     sections = [
         Section(
             "Captions",
             "Held-out scenes and what each stage says of them. Green words are true of the image; "
             "underlined ones are not.",
-            samples=_captioned(world, measured),
+            rows=captioned,
         ),
         Section(
             "Losses",
@@ -159,28 +158,25 @@ def write_report(
             "For each image the text, and for its text the image, that matching is given to tell "
             "apart: drawn by similarity within held-out batches as in training. And what contrast "
             "finds, best first; green if it belongs to the image.",
-            samples=[replace(sample_of(row, ""), said={}) for row in measured.rows],
+            rows=[replace(row, said={}) for row in measured.rows],
         ),
     ]
     write_page(out / "report.html", "blip2-train: the demo", intro, sections)
     draw_sheet(measured.rows, f"stage 1 on {first} scenes", out / "stage1.png")
-    sheet = [
-        Row(sample.image, sample.said["stage 2"], list(sample.truth))
-        for sample in _captioned(world, measured)
-    ]
-    draw_sheet(sheet, f"stage 2 on {first} scenes", out / "stage2.png")
+    only = [replace(row, said={"says": row.said[NAMES["stage2"]]}) for row in captioned]
+    draw_sheet(only, f"stage 2 on {first} scenes", out / "stage2.png")
 
 
-def _captioned(world: World, measured: Measured, count: int = 12) -> list[Sample]:
+def _captioned(world: World, measured: Measured, count: int = 12) -> list[Row]:
     images = measured.images
-    samples = []
+    rows = []
     for number in range(min(count, len(images))):
         place = number * len(images) // min(count, len(images))
         item = images[place]
         picture = Image.fromarray(item.image.permute(1, 2, 0).numpy())
         said = {NAMES[run]: captions[place] for run, captions in measured.captions.items()}
-        samples.append(Sample(picture, _paraphrases(world, item.captions[0]), said))
-    return samples
+        rows.append(Row(picture, said, _paraphrases(world, item.captions[0])))
+    return rows
 
 
 def _paraphrases(world: World, caption: str) -> list[str]:
@@ -208,7 +204,7 @@ def _charts(out: Path, numbers: Mapping[str, Mapping[str, float]]) -> list[Chart
     losses = ("loss_itc", "loss_itm", "loss_lm")
     for run in ("clip", "lm", "stage1"):
         metrics = read_metrics(out / run / "metrics.csv")
-        levels = {name: _levels(run, name, numbers) for name in losses}
+        levels = {k: level._asdict() for k, level in loss_levels(*load_run(out / run)).items()}
         own = {k: v for k, v in metrics.items() if k.split("/")[-1] in (*losses, "itm_accuracy")}
         for chart in run_charts(own, levels):
             charts.append(Chart(f"{NAMES[run]}: {chart.title}", chart.series, chart.levels))
@@ -220,18 +216,7 @@ def _charts(out: Path, numbers: Mapping[str, Mapping[str, float]]) -> list[Chart
             name = f"{kind}{'' if run == 'stage2' else ', without stage 1'}"
             series.append(Series(name, curve.steps, curve.values, curve.dashed))
     title = f"{NAMES['stage2']}: captioning (LM) loss, nats per token"
-    charts.append(Chart(title, series, _levels("stage2", "loss_lm", numbers)))
+    reached = {"without looking": numbers["stage2"]["lm_alone"]}
+    reached |= {"best possible": numbers["stage2"]["seeing"]}
+    charts.append(Chart(title, series, reached))
     return charts
-
-
-def _levels(run: str, loss: str, numbers: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    if loss == "loss_itm":
-        return {"chance": itm_prior()}
-    if loss == "loss_itc":
-        size, smoothing = (128, 0.0) if run == "clip" else (64, 0.1)
-        high, low = choice_levels(size, smoothing)
-        return {"chance": high, "floor": low} if low else {"chance": high}
-    if run == "stage2":
-        losses = numbers["stage2"]
-        return {"without looking": losses["lm_alone"], "best possible": losses["seeing"]}
-    return {}

@@ -69,31 +69,6 @@ class Table:
 
 
 @dataclass(frozen=True)
-class Sample:
-    """An image and what is said of it.
-
-    Attributes:
-        image: as the model saw it.
-        truth: captions that people gave it.
-        said: {who: caption}.
-        texts: (retrieved text, whether it belongs to the image), best first.
-        query: the text whose retrieved images follow.
-        images: (retrieved image, whether it is the text's), best first.
-        negative_image: that matching was shown with the image's text.
-        negative_text: that matching was shown with the image.
-    """
-
-    image: Image.Image
-    truth: Sequence[str]
-    said: dict[str, str]
-    texts: Sequence[tuple[str, bool]] = ()
-    query: str = ""
-    images: Sequence[tuple[Image.Image, bool]] = ()
-    negative_image: Image.Image | None = None
-    negative_text: str = ""
-
-
-@dataclass(frozen=True)
 class Picture:
     """A picture and what stands below it."""
 
@@ -110,7 +85,7 @@ class Section:
         text: a paragraph that says how to read it.
         charts: drawn side by side where there is room.
         tables: below each other.
-        samples: one card each.
+        rows: images and what is said of them, one card each.
         pictures: side by side.
     """
 
@@ -118,22 +93,8 @@ class Section:
     text: str = ""
     charts: Sequence[Chart] = ()
     tables: Sequence[Table] = ()
-    samples: Sequence[Sample] = ()
+    rows: Sequence[Row] = ()
     pictures: Sequence[Picture] = ()
-
-
-def sample_of(row: Row, who: str) -> Sample:
-    """The card of a validation's row."""
-    return Sample(
-        row.image,
-        row.truth,
-        {who: row.caption},
-        row.texts,
-        row.query,
-        row.images,
-        row.negative_image,
-        row.negative_text,
-    )
 
 
 def write_page(path: Path, title: str, intro: Sequence[str], sections: Sequence[Section]) -> None:

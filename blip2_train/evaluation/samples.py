@@ -1,4 +1,4 @@
-"""Pictures of what a model says and finds: one sheet per validation."""
+"""What models say of images and find for them, and pictures of it: one sheet per validation."""
 
 import textwrap
 from dataclasses import dataclass, field
@@ -15,11 +15,11 @@ INK, FAINT, RIGHT, WRONG = "#1a1a1a", "#6b6b6b", "#1a7f37", "#b3261e"
 
 @dataclass
 class Row:
-    """One image of the sheet.
+    """One image of a sheet, or of a page (`report`).
 
     Attributes:
         image: as the model saw it.
-        caption: what the model says.
+        said: {who: caption}.
         truth: captions that people gave it.
         texts: (retrieved text, whether it belongs to the image), best first.
         query: the text whose retrieved images are shown.
@@ -29,7 +29,7 @@ class Row:
     """
 
     image: Image.Image
-    caption: str
+    said: dict[str, str]
     truth: list[str]
     texts: list[tuple[str, bool]] = field(default_factory=list)
     query: str = ""
@@ -54,7 +54,8 @@ def draw_sheet(rows: list[Row], title: str, path: Path) -> None:
         draw.line([(GAP, top - GAP), (width - GAP, top - GAP)], "#dddddd")
         sheet.paste(_fit(row.image), (GAP, top))
         x, y = GAP + THUMB + GAP, top
-        y = _text(draw, (x, y), f"says: {row.caption or '(nothing)'}", INK, bold)
+        for who, caption in row.said.items():
+            y = _text(draw, (x, y), f"{who}: {caption or '(nothing)'}", INK, bold)
         for truth in row.truth[:1]:
             y = _text(draw, (x, y + 2), f"truth: {truth}", FAINT, font)
         for text, right in row.texts[: max(0, (top + THUMB + GAP - y) // LINE)]:

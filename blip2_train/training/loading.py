@@ -15,6 +15,7 @@ from blip2_train.errors import UserError
 from blip2_train.evaluation.retrieval import chunks
 from blip2_train.training.checkpointing import load_trained
 from blip2_train.training.fit import STAGES
+from blip2_train.training.meter import Level
 from blip2_train.training.stage import Stage
 from blip2_train.training.validation import Evaluator, Findings
 
@@ -69,3 +70,15 @@ def evaluate(
         if batch["keys"]:
             evaluator.add(number, batch)
     return evaluator.finish(World()), evaluator
+
+
+def loss_levels(stage: Stage, model: Any) -> dict[str, Level]:
+    """Chance and floor of each loss of a run's training batches.
+
+    Args:
+        stage: from `load_run`, as is the model.
+        model: of the run.
+    """
+    settings = stage.cfg["batch"]
+    batch = plan_batch(settings["size"], settings["accumulate"], 1)
+    return stage.build_module(model, batch).levels(batch.contrastive)

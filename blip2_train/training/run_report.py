@@ -8,7 +8,7 @@ from typing import Any
 import pytorch_lightning as pl
 
 from blip2_train.evaluation.curves import read_metrics, run_charts
-from blip2_train.evaluation.report import Section, sample_of, write_page
+from blip2_train.evaluation.report import Section, write_page
 from blip2_train.evaluation.samples import Row
 from blip2_train.training.monitor import Monitor
 
@@ -57,8 +57,7 @@ class RunReport(pl.Callback):
         if rows:
             text = f"{title[:1].upper()}{title[1:]}. Green words are in a caption that the image "
             text += "has; underlined ones are in none of them."
-            samples = [sample_of(row, "says") for row in rows]
-            sections.append(Section("Samples", text, samples=samples))
+            sections.append(Section("Samples", text, rows=rows))
         try:
             write_page(self.folder / NAME, f"{self.folder.name}, step {step}", lines, sections)
         except OSError as error:

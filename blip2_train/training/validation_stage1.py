@@ -138,7 +138,7 @@ class Stage1Evaluator(Evaluator):
             rows.append(
                 Row(
                     to_pil(item.image),
-                    caption,
+                    {"says": caption},
                     item.captions,
                     [(found.text[t], int(found.caption_image[t]) == image) for t in texts],
                     found.text[query],

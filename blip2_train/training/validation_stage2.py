@@ -65,7 +65,7 @@ class Stage2Evaluator(Evaluator):
             describe_grounding(grounding),
         ]
         rows = self._rows() if world.rank == 0 else []
-        lines += [f"says: {row.caption}  (truth: {row.truth[0]})" for row in rows[:4]]
+        lines += [f"says: {row.said['says']}  (truth: {row.truth[0]})" for row in rows[:4]]
         title = "what the model says of held-out images"
         return Findings(metrics, -loss, lines, rows, title)
 
@@ -93,6 +93,6 @@ class Stage2Evaluator(Evaluator):
             return []
         words = self.captions(torch.stack([item.image for item in items]))
         return [
-            Row(to_pil(item.image), caption, item.captions)
+            Row(to_pil(item.image), {"says": caption}, item.captions)
             for item, caption in zip(items, words, strict=True)
         ]

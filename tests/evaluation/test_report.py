@@ -13,7 +13,6 @@ from blip2_train.evaluation.curves import read_metrics, run_charts
 from blip2_train.evaluation.report import (
     Chart,
     Picture,
-    Sample,
     Section,
     Series,
     Table,
@@ -23,6 +22,7 @@ from blip2_train.evaluation.report import (
     marked,
     write_page,
 )
+from blip2_train.evaluation.samples import Row
 
 
 class Reader(HTMLParser):
@@ -51,10 +51,10 @@ class Reader(HTMLParser):
 
 def page(tmp_path: Path) -> tuple[str, Reader]:
     red = Image.new("RGB", (48, 48), "red")
-    sample = Sample(
+    row = Row(
         red,
-        ["a <b>red</b> square", "something & red"],
         {"model": "a green square", "nobody": ""},
+        ["a <b>red</b> square", "something & red"],
         [("text one", True), ("text two", False)],
         "query",
         [(red, True), (Image.new("RGB", (300, 200), "blue"), False)],
@@ -64,7 +64,7 @@ def page(tmp_path: Path) -> tuple[str, Reader]:
     chart = Chart("loss, nats", [Series("train", [1, 2], [3.0, 2.0])], {"chance": 4.0})
     sections = [
         Section("One", "how to read it", charts=[chart], tables=[Table(["", "a"], [["b", "1"]])]),
-        Section("Two", samples=[sample], pictures=[Picture(red, "query 1")]),
+        Section("Two", rows=[row], pictures=[Picture(red, "query 1")]),
     ]
     write_page(tmp_path / "report.html", "A <title>", ["intro"], sections)
     text = (tmp_path / "report.html").read_text()

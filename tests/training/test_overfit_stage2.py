@@ -68,7 +68,7 @@ def test_32_real_pairs_are_learned_by_heart(
     assert train_in_process(["experiment=stage2_flickr8k_tiny", *stage2, *common]) == 0
     learned = last_metrics(tmp_path / "stage2_flickr8k_tiny" / "metrics.csv")["val"]
     # but for spaces: the tokenizer writes "red , green" as "red, green"
-    right = [row.caption.replace(" ", "") == row.truth[0].replace(" ", "") for row in seen]
+    right = [row.said["says"].replace(" ", "") == row.truth[0].replace(" ", "") for row in seen]
     print(learned, sum(right))
     assert len(right) == PAIRS and all(right)
     assert learned["loss_lm"] < 0.35  # of it 0.2 for the start token, which this model never wrote
