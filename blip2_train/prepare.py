@@ -88,7 +88,7 @@ def prepare_synthetic(args: argparse.Namespace, command: str) -> int:
     try:
         items = list(synthetic_items(world, args.samples, args.seed, args.held_out))
     except ValueError as error:
-        raise UserError(f"--held-out {args.held_out}: {error}") from None
+        raise UserError(f"--held-out {args.held_out} is too many: {error}") from None
     return _prepare(args, command, items, [], partial(make_scene, **settings), settings)
 
 

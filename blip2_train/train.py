@@ -129,6 +129,8 @@ def run(arguments: list[str]) -> int:
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stdout)
     level = logging.INFO if launch().rank == 0 else logging.ERROR
     logging.getLogger("blip2_train").setLevel(level)
+    # torch warns of every enum that torchao registers when it is imported.
+    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
     dry_run = "--dry-run" in arguments
     arguments = [a for a in arguments if a != "--dry-run"]
     # `resume=never` is short for `resume.from=never`

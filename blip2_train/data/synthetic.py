@@ -226,7 +226,8 @@ def synthetic_items(
     splits = split_scenes(world, seed, held_out)
     scenes = splits["train"]
     if not scenes:
-        raise ValueError(f"held_out={held_out} leaves no scene of {world.name} to train on")
+        usable = len(splits["val"]) + len(splits["novel"])
+        raise ValueError(f"none of the {usable:,} scenes without an unseen pair is left for train")
     passes = (train_order(world, scenes, number, seed) for number in itertools.count())
     order = itertools.chain.from_iterable(passes)
     listed = {"train": list(itertools.islice(order, samples))}

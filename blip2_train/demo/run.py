@@ -163,6 +163,12 @@ def log_to(path: Path) -> None:
     )
 
 
+def _seed(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 0")
+    return int(text)
+
+
 def main() -> None:
     """Entry point of `blip2-demo`."""
     formatter = argparse.RawDescriptionHelpFormatter
@@ -172,13 +178,15 @@ def main() -> None:
         kinds.add_argument(
             f"--{kind}", dest="kind", action="store_const", const=kind, default="", help=text
         )
-    parser.add_argument("--seed", type=int, default=0, help="of everything random (0)")
+    parser.add_argument("--seed", type=_seed, default=0, help="of everything random (0)")
     parser.add_argument(
         "--out", type=Path, help="folder of the results (runs/demo, runs/demo-KIND)"
     )
     arguments = parser.parse_args()
     name = f"demo-{arguments.kind}" if arguments.kind else "demo"
     out = arguments.out or Path("runs") / name
+    if out.exists() and not out.is_dir():
+        parser.error(f"--out {out} is not a folder")
     try:
         out.mkdir(parents=True, exist_ok=True)
         log_to(out / "demo.log")

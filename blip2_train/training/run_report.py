@@ -49,6 +49,12 @@ class RunReport(pl.Callback):
             title: of the pictures.
         """
         self.written = step
+        try:
+            self._write(step, lines, rows, title)
+        except Exception:  # whatever it is: days of training must not end for a picture
+            log.warning("%s could not be written", self.folder / NAME, exc_info=True)
+
+    def _write(self, step: int, lines: Sequence[str], rows: Sequence[Row], title: str) -> None:
         metrics = read_metrics(self.folder / "metrics.csv")
         levels = {name: level._asdict() for name, level in self.monitor.levels.items()}
         text = "Solid: training batches; dashed: validation. Dotted lines: a model that learned "
@@ -58,7 +64,4 @@ class RunReport(pl.Callback):
             text = f"{title[:1].upper()}{title[1:]}. Green words are in a caption that the image "
             text += "has; underlined ones are in none of them."
             sections.append(Section("Samples", text, rows=rows))
-        try:
-            write_page(self.folder / NAME, f"{self.folder.name}, step {step}", lines, sections)
-        except OSError as error:
-            log.warning("%s could not be written: %s", self.folder / NAME, error)
+        write_page(self.folder / NAME, f"{self.folder.name}, step {step}", lines, sections)

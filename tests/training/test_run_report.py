@@ -72,6 +72,17 @@ def test_a_continued_run_draws_all_of_it(shards: Path, tmp_path: Path) -> None:
     assert titles(first) == titles(second) != []
 
 
+def test_a_report_that_fails_does_not_stop_a_training(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("no such font")
+
+    monkeypatch.setattr("blip2_train.training.run_report.write_page", fail)
+    assert train_in_process(tiny_run(shards, tmp_path, "run", **{"trainer.max_steps": 2})) == 0
+    assert "report.html could not be written" in caplog.text and "no such font" in caplog.text
+
+
 @pytest.mark.parametrize("name", ["stage1", "stage2"])
 def test_a_run_can_be_loaded_and_measured(name: str, request: pytest.FixtureRequest) -> None:
     folder: Path = request.getfixturevalue(name)
