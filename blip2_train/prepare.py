@@ -83,7 +83,7 @@ def prepare_synthetic(args: argparse.Namespace, command: str) -> int:
 
     from blip2_train.data.synthetic import WORLDS, make_scene, synthetic_items
 
-    world = WORLDS[{1: "one", 2: "two"}[args.objects]]
+    world = WORLDS[args.objects]
     settings = {"size": args.size, "quality": args.quality}
     try:
         items = list(synthetic_items(world, args.samples, args.seed, args.held_out))

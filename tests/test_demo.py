@@ -61,7 +61,7 @@ def page(out: Path) -> str:
 def test_report_has_everything(undisturbed: Path) -> None:
     content = numbers(undisturbed)
     assert content["images"] == {"novel": 64, "compositional": 64}
-    world = WORLDS[content["settings"]["world"]]
+    world = WORLDS[content["settings"]["objects"]]
     for split in content["splits"].values():
         for name in ("stage1", "stage2", "stage2_without_stage1"):
             assert {*world.attributes, "everything"} <= set(split[f"{name}_captions"])

@@ -23,7 +23,7 @@ import random
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 from PIL import Image, ImageDraw
@@ -75,6 +75,7 @@ class World:
 
     Attributes:
         name: of the source in metadata.
+        objects: of a scene.
         attributes: {name: values}, in the order of a `Scene`.
         captions: paraphrases; each names every attribute.
         unseen: attributes of whose value pairs some are kept for the compositional split.
@@ -85,11 +86,12 @@ class World:
     """
 
     name: str
+    objects: int
     attributes: dict[str, tuple[str, ...]]
     captions: tuple[str, ...]
     unseen: tuple[tuple[str, str], ...]
     neighbours: tuple[str, ...]
-    draw: Callable[[World, Scene, int, random.Random], Image.Image]
+    draw: Callable[[Scene, int, random.Random], Image.Image]
     derived: dict[str, tuple[str, dict[str, str]]]
     exists: Callable[[Scene], bool]
 
@@ -115,7 +117,7 @@ class World:
 
     def read(self, caption: str) -> tuple[Scene, int] | None:
         """The scene and the paraphrase that a caption is, None if it is none of this world."""
-        for template, pattern in enumerate(_patterns(self.name)):
+        for template, pattern in enumerate(self._patterns):
             if found := pattern.fullmatch(" ".join(caption.split())):
                 words = found.groupdict()
                 for name, (of, table) in self.derived.items():
@@ -126,10 +128,22 @@ class World:
 
     def other_side(self, scene: Scene) -> Scene:
         """The same picture told from its other object, where there are two."""
-        if "relation" not in self.attributes:
+        if self.objects == 1:
             return scene
         colour, shape, relation, other_colour, other_shape, background = scene
         return other_colour, other_shape, INVERSE[relation], colour, shape, background
+
+    @cached_property
+    def _patterns(self) -> list[re.Pattern[str]]:
+        """What the paraphrases look like, the attributes as named groups."""
+        values = {name: list(all_of) for name, all_of in self.attributes.items()}
+        values |= {word: list(table.values()) for word, (_, table) in self.derived.items()}
+
+        def group(found: re.Match[str]) -> str:
+            longest_first = sorted(values[found[1]], key=len, reverse=True)
+            return f"(?P<{found[1]}>{'|'.join(longest_first)})"
+
+        return [re.compile(re.sub(r"\{(\w+)\}", group, caption)) for caption in self.captions]
 
     @property
     def scenes(self) -> list[Scene]:
@@ -241,7 +255,7 @@ def synthetic_items(
             templates = rng.sample(range(len(world.captions)), len(world.captions))
             captions = [world.caption(scene, template) for template in templates]
             draw = None if split == "text" else rng.getrandbits(32)
-            payload = {"world": world.name, "scene": scene, "draw": draw}
+            payload = {"objects": world.objects, "scene": scene, "draw": draw}
             yield split, Item(f"{number:08d}", f"{split} image {number}", captions, payload)
 
 
@@ -250,10 +264,10 @@ def make_scene(item: Item, *, size: int, quality: int) -> tuple[bytes, dict[str,
 
     Where there is nothing to show (`text`), the picture is blank: a sample has one.
     """
-    world, scene = WORLDS[item.payload["world"]], tuple(item.payload["scene"])
+    world, scene = WORLDS[item.payload["objects"]], tuple(item.payload["scene"])
     image = Image.new("RGB", (size, size), "grey")
     if item.payload["draw"] is not None:
-        image = world.draw(world, scene, size, random.Random(item.payload["draw"]))
+        image = world.draw(scene, size, random.Random(item.payload["draw"]))
     # Of a red square on brown, halved colours would leave a smear.
     return encode_jpeg(image, quality, subsampling="4:4:4"), {
         "image_id": "-".join(scene),  # equal scenes have equal captions: they are one to the loss
@@ -264,31 +278,17 @@ def make_scene(item: Item, *, size: int, quality: int) -> tuple[bytes, dict[str,
     }
 
 
-@lru_cache
-def _patterns(name: str) -> list[re.Pattern[str]]:
-    """What the paraphrases of a world look like, the attributes as named groups."""
-    world = WORLDS[name]
-    values = {attribute: list(all_of) for attribute, all_of in world.attributes.items()}
-    values |= {word: list(table.values()) for word, (_, table) in world.derived.items()}
-
-    def group(found: re.Match[str]) -> str:
-        longest_first = sorted(values[found[1]], key=len, reverse=True)
-        return f"(?P<{found[1]}>{'|'.join(longest_first)})"
-
-    return [re.compile(re.sub(r"\{(\w+)\}", group, caption)) for caption in world.captions]
-
-
 # -- pictures --------------------------------------------------------------------------------------
 
 
-def _draw_one(world: World, scene: Scene, size: int, rng: random.Random) -> Image.Image:
+def _draw_one(scene: Scene, size: int, rng: random.Random) -> Image.Image:
     radius, colour, shape, place, background = scene
     picture = _Picture(BACKGROUNDS[background], size, rng)
     picture.add(shape, COLOURS[colour], PLACES[place], SIZES[radius])
     return picture.finish()
 
 
-def _draw_two(world: World, scene: Scene, size: int, rng: random.Random) -> Image.Image:
+def _draw_two(scene: Scene, size: int, rng: random.Random) -> Image.Image:
     colour, shape, relation, other_colour, other_shape, background = scene
     picture = _Picture(BACKGROUNDS[background], size, rng)
     x, y = (0.24 * step for step in STEPS[relation])
@@ -373,6 +373,7 @@ def _outline(shape: str) -> list[tuple[float, float]]:
 
 ONE = World(
     name="one",
+    objects=1,
     attributes={
         "size": tuple(SIZES),
         "colour": tuple(COLOURS),
@@ -403,6 +404,7 @@ def _is_two(scene: Scene) -> bool:
 
 TWO = World(
     name="two",
+    objects=2,
     attributes={
         "colour": tuple(COLOURS),
         "shape": SHAPES,
@@ -424,4 +426,4 @@ TWO = World(
     derived={"inverse": ("relation", INVERSE)},
     exists=_is_two,
 )
-WORLDS = {world.name: world for world in (ONE, TWO)}
+WORLDS = {world.objects: world for world in (ONE, TWO)}

@@ -72,11 +72,16 @@ def report(
     from blip2_train.demo.measure import measure
     from blip2_train.demo.page import results, write_report
 
-    world = WORLDS[plan.world]
+    world = WORLDS[plan.objects]
     total = 4 * len(SPLITS)  # four of the runs know images
     with tqdm(total=total, unit="part", disable=None) as bar:
         found = measure(out, shards, world, SPLITS, seed, bar.update)
-    settings = {"kind": kind or "default", "seed": seed, "world": world.name, "steps": plan.steps}
+    settings = {
+        "kind": kind or "default",
+        "seed": seed,
+        "objects": plan.objects,
+        "steps": plan.steps,
+    }
     content = results(world, found, settings)
     seconds = progress.seconds()
     content["seconds"] = {**seconds, "threads": torch.get_num_threads()}
@@ -142,7 +147,7 @@ def show(content: dict[str, Any], out: Path) -> None:
     from blip2_train.data.synthetic import WORLDS
     from blip2_train.demo.page import table
 
-    found = table(WORLDS[content["settings"]["world"]], content)
+    found = table(WORLDS[content["settings"]["objects"]], content)
     shown = Table(title="held-out scenes", title_justify="left")
     for number, column in enumerate(found.header):
         shown.add_column(column, justify="right" if number else "left")

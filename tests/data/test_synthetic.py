@@ -24,7 +24,6 @@ from blip2_train.data.synthetic import (
     ONE,
     PLACES,
     TWO,
-    WORLDS,
     World,
     make_scene,
     split_scenes,
@@ -195,7 +194,3 @@ def test_texts_tell_of_all_scenes_and_show_none() -> None:
     assert sorted(tuple(item.payload["scene"]) for item in items) == sorted(ONE.scenes)
     pictures = {make_scene(item, size=16, quality=95)[0] for item in items[:20]}
     assert len(pictures) == 1
-
-
-def test_every_world_is_known_by_its_name() -> None:
-    assert all(WORLDS[name].name == name for name in WORLDS)
