@@ -52,11 +52,11 @@ BACKGROUNDS = {
     "navy": (32, 42, 112),
 }
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
-SIZES = {"small": 0.13, "large": 0.22}  # radius, share of the side
+SIZES = {"small": 0.14, "large": 0.24}  # radius, share of the side
 PLACES = {  # centre, share of the side
     f"{row} {column}".replace("middle centre", "centre"): (x, y)
-    for row, y in (("top", 0.25), ("middle", 0.5), ("bottom", 0.75))
-    for column, x in (("left", 0.25), ("centre", 0.5), ("right", 0.75))
+    for row, y in (("top", 0.26), ("middle", 0.5), ("bottom", 0.74))
+    for column, x in (("left", 0.26), ("centre", 0.5), ("right", 0.74))
 }
 INVERSE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 STEPS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
@@ -317,7 +317,7 @@ class _Picture:
     ) -> None:
         """Draws an object; centre and radius are shares of the side."""
         x, y = (self.side * (at + self.rng.uniform(-_JITTER, _JITTER)) for at in centre)
-        reach = self.side * radius * self.rng.uniform(0.92, 1.08)
+        reach = self.side * radius * self.rng.uniform(0.95, 1.05)
         fill = self._shade(colour)
         box = (x - reach, y - reach, x + reach, y + reach)
         if shape == "circle":

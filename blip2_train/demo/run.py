@@ -25,7 +25,7 @@ from blip2_train.errors import UserError
 
 SPLITS = ("novel", "compositional")
 # How long each part takes, relative to the others; for the remaining time.
-WEIGHTS = {"shards": 22, "clip": 236, "lm": 58, "stage1": 220, "stage2": 110, "evaluation": 46}
+WEIGHTS = {"shards": 22, "clip": 236, "lm": 58, "stage1": 170, "stage2": 140, "evaluation": 46}
 
 
 def demo(out: Path, kind: str = "", seed: int = 0) -> dict[str, Any]:

@@ -156,7 +156,7 @@ def test_picture_is_what_the_captions_say(number: int) -> None:
     extent = np.ptp(pixels, axis=0)
     # a shape is 1.4 (square) to 2 (circle) radii high
     radius = extent.max() / SIZE / (1.42 if shape == "square" else 1.9)
-    assert (radius > 0.175) == (size == "large"), radius
+    assert (radius > 0.19) == (size == "large"), radius
     filled = len(pixels) / np.prod(extent + 1)
     low, high = {
         "circle": (0.70, 0.86),
