@@ -52,11 +52,11 @@ BACKGROUNDS = {
     "navy": (32, 42, 112),
 }
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
-SIZES = {"small": 0.14, "large": 0.24}  # radius, share of the side
+SIZES = {"small": 0.17, "large": 0.29}  # radius, share of the side
 PLACES = {  # centre, share of the side
     f"{row} {column}".replace("middle centre", "centre"): (x, y)
-    for row, y in (("top", 0.26), ("middle", 0.5), ("bottom", 0.74))
-    for column, x in (("left", 0.26), ("centre", 0.5), ("right", 0.74))
+    for row, y in (("top", 0.29), ("middle", 0.5), ("bottom", 0.71))
+    for column, x in (("left", 0.29), ("centre", 0.5), ("right", 0.71))
 }
 INVERSE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 STEPS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
@@ -79,7 +79,8 @@ class World:
         attributes: {name: values}, in the order of a `Scene`.
         captions: paraphrases; each names every attribute.
         unseen: attributes of whose value pairs some are kept for the compositional split.
-        neighbours: along which attribute the training scenes of pass 0, 1, ... are grouped.
+        neighbours: attributes along which training scenes are grouped, the more often the more
+            groups.
         draw: (scene, side in pixels, generator) -> picture.
         derived: further words of the captions, {name: (attribute, {value: word})}.
         exists: whether a combination of values is a scene of its own.
@@ -207,24 +208,27 @@ def unseen_pairs(world: World, seed: int) -> dict[tuple[str, str], set[tuple[str
 def train_order(world: World, scenes: list[Scene], number: int, seed: int) -> list[Scene]:
     """The training scenes, each once, in the order of pass `number` over them.
 
-    Scenes that differ in one attribute alone stand side by side, in random order otherwise: where
-    batches are cut from this order (`data.shuffle_window: 1`), contrast has to tell scenes apart
-    that a caption tells apart by one word.
+    Scenes that differ in one attribute alone stand side by side, in groups whose attribute is drawn
+    from `world.neighbours`: where batches are cut from this order (`data.shuffle_window: 1`),
+    contrast and matching have to tell scenes apart that a caption tells apart by one word.
 
     Args:
         world: of the scenes.
         scenes: of the train split.
-        number: of the pass; `world.neighbours` says which attribute it is about.
+        number: of the pass; each groups the scenes anew.
         seed: of the order.
     """
     rng = random.Random(f"{world.name}:{seed}:{number}")
-    attribute = world.neighbours[number % len(world.neighbours)]
-    groups: dict[Scene, list[Scene]] = {}
-    for scene in scenes:
-        groups.setdefault(world.change(scene, attribute, ""), []).append(scene)
-    order = list(groups.values())
-    rng.shuffle(order)
-    return [scene for group in order for scene in rng.sample(group, len(group))]
+    left = set(scenes)
+    order: list[Scene] = []
+    for scene in rng.sample(scenes, len(scenes)):
+        if scene in left:
+            attribute = rng.choice(world.neighbours)
+            others = (world.change(scene, attribute, v) for v in world.attributes[attribute])
+            group = [other for other in others if other in left]
+            order += rng.sample(group, len(group))
+            left.difference_update(group)
+    return order
 
 
 def synthetic_items(
@@ -389,7 +393,8 @@ ONE = World(
         "the {shape} {position} is {size} and {colour} on {background}",
     ),
     unseen=(("position", "colour"), ("shape", "background")),
-    neighbours=("shape", "colour", "shape", "position", "shape", "size", "shape", "shape"),
+    # Shapes are hard to see, and places hard to match.
+    neighbours=("shape",) * 6 + ("position",) * 2 + ("size", "colour", "background"),
     draw=_draw_one,
     derived={},
     exists=lambda scene: True,
