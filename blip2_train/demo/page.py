@@ -26,8 +26,8 @@ from blip2_train.training.loading import load_run, loss_levels
 
 ITM_CHANCE = 100 * 2 / 3  # by always saying no
 NAMES = {
-    "clip": "stage 0, tower",
-    "lm": "stage 0, language model",
+    "clip": "tower",
+    "lm": "language model",
     "stage1": "stage 1",
     "stage2": "stage 2",
     WITHOUT: "stage 2 without stage 1",
@@ -187,15 +187,15 @@ def _paraphrases(world: World, caption: str) -> list[str]:
     return [caption, *others]
 
 
-def _attention(measured: Measured, count: int = 4) -> list[Picture]:
-    pictures = []
-    for row, maps in list(zip(measured.rows, measured.attention, strict=True))[:count]:
-        pictures.append(Picture(row.image, row.truth[0]))
-        pictures += [
-            Picture(overlay(row.image, weights), f"query {number + 1}")
-            for number, weights in enumerate(maps)
+def _attention(measured: Measured, count: int = 4) -> list[list[Picture]]:
+    return [
+        [Picture(row.image, row.truth[0])]
+        + [
+            Picture(overlay(row.image, weights), f"query {number}")
+            for number, weights in enumerate(maps, start=1)
         ]
-    return pictures
+        for row, maps in list(zip(measured.rows, measured.attention, strict=True))[:count]
+    ]
 
 
 def _charts(out: Path, numbers: Mapping[str, Mapping[str, float]]) -> list[Chart]:

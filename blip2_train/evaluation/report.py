@@ -86,7 +86,7 @@ class Section:
         charts: drawn side by side where there is room.
         tables: below each other.
         rows: images and what is said of them, one card each.
-        pictures: side by side.
+        pictures: those of a list side by side, the lists below each other.
     """
 
     title: str
@@ -94,7 +94,7 @@ class Section:
     charts: Sequence[Chart] = ()
     tables: Sequence[Table] = ()
     rows: Sequence[Row] = ()
-    pictures: Sequence[Picture] = ()
+    pictures: Sequence[Sequence[Picture]] = ()
 
 
 def write_page(path: Path, title: str, intro: Sequence[str], sections: Sequence[Section]) -> None:

@@ -64,7 +64,7 @@ def page(tmp_path: Path) -> tuple[str, Reader]:
     chart = Chart("loss, nats", [Series("train", [1, 2], [3.0, 2.0])], {"chance": 4.0})
     sections = [
         Section("One", "how to read it", charts=[chart], tables=[Table(["", "a"], [["b", "1"]])]),
-        Section("Two", rows=[row], pictures=[Picture(red, "query 1")]),
+        Section("Two", rows=[row], pictures=[[Picture(red, "query 1")]]),
     ]
     write_page(tmp_path / "report.html", "A <title>", ["intro"], sections)
     text = (tmp_path / "report.html").read_text()
