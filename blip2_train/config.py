@@ -160,7 +160,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "trainer.precision": ("32-true", "64-true", "bf16-mixed"),
     "trainer.accelerator": ("auto", "cpu", "gpu"),
     "vision.dtype": ("float32", "bfloat16"),
-    "data.caption": ("uniform", "first"),
+    "data.caption": ("uniform", "first", "weighted"),
     "wandb.mode": ("auto", "online", "offline", "disabled"),
 }  # fmt: skip
 # a whole number of at least,

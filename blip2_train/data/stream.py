@@ -15,7 +15,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal, TypeVar, get_args
 
 import numpy as np
 import torch
@@ -41,7 +41,7 @@ from blip2_train.seeding import stable_hash
 log = logging.getLogger(__name__)
 
 Batch = TypeVar("Batch")
-CaptionChoice = Literal["uniform", "first"]
+CaptionChoice = Literal["uniform", "first", "weighted"]
 TrainTransformation = Callable[[Image.Image, torch.Generator], torch.Tensor]
 
 RETRY_SECONDS = (1.0, 4.0, 16.0)  # between attempts: a file server that fails over needs some
@@ -193,7 +193,8 @@ class TrainStream(IterableDataset[Batch]):
             rank: this process's slice of each contrastive batch.
             world: number of slices.
             drawn: samples of each source that were drawn before, to continue after them.
-            caption: one usable caption `uniform`ly, or always the `first`.
+            caption: one usable caption `uniform`ly, always the `first`, or drawn as the sample's
+                `caption_weights` say (`weighted`; uniformly where it has none or all are 0).
             max_words: of a caption, see `clean_caption`.
             prompt: put in front of every caption.
             max_open_shards: per worker.
@@ -207,8 +208,9 @@ class TrainStream(IterableDataset[Batch]):
                 f"batch.size / batch.accumulate = {contrastive_batch} samples cannot be cut into "
                 f"{world} equal slices, one per device; make it a multiple of {world}."
             )
-        if caption not in ("uniform", "first"):
-            raise UserError(f"data.caption={caption!r} must be 'uniform' or 'first'.")
+        if caption not in get_args(CaptionChoice):
+            choices = " or ".join(repr(choice) for choice in get_args(CaptionChoice))
+            raise UserError(f"data.caption={caption!r} must be {choices}.")
         self._sources = {source.name: source for source in sources}
         if unknown := set(drawn or {}) - set(self._sources):
             raise UserError(
@@ -241,6 +243,15 @@ class TrainStream(IterableDataset[Batch]):
             micro_batches: that each rank has taken since the start at `drawn`.
         """
         return self.mixture.advance(self.drawn, micro_batches * self._contrastive_batch)
+
+    def epochs_after(self, micro_batches: int) -> dict[str, float]:
+        """Return how often each source was gone through by then, since the run began.
+
+        Args:
+            micro_batches: that each rank has taken since the start at `drawn`.
+        """
+        drawn = self.drawn_after(micro_batches)
+        return {name: drawn[name] / order.num_samples for name, order in self._orders.items()}
 
     def __iter__(self) -> Iterator[Batch]:
         info = get_worker_info()
@@ -276,7 +287,10 @@ class TrainStream(IterableDataset[Batch]):
         generator = torch.Generator()
         generator.manual_seed(stable_hash(self._seed, epoch, source.name, info.name, raw.key))
         choice = 0
-        if self._caption == "uniform":
+        if self._caption == "weighted" and any(raw.weights):
+            weights = torch.tensor(raw.weights, dtype=torch.float64)
+            choice = int(torch.multinomial(weights, 1, generator=generator))
+        elif self._caption != "first":
             choice = int(torch.randint(len(raw.captions), (1,), generator=generator))
         transform = self._transforms[source.name]
         image = _no_image()
@@ -365,6 +379,7 @@ class _Usable:
     key: str
     image: Image.Image | None
     captions: list[str]  # cleaned, none empty, at least one
+    weights: list[float]  # of the captions; empty where the sample has none
     image_id: object
 
 
@@ -381,9 +396,9 @@ def _read(
     try:
         raw = pool.read(source, shard, index)
         key = raw.key
-        captions = [clean_caption(caption, max_words) for caption in raw.meta["captions"]]
-        captions = [caption for caption in captions if caption]
-        if not captions:
+        cleaned = [clean_caption(caption, max_words) for caption in raw.meta["captions"]]
+        kept = [n for n, caption in enumerate(cleaned) if caption]
+        if not kept:
             raise SampleError(key, "no caption is left after cleaning")
         image = load_rgb(raw.image) if decode else None
     except SampleError as error:
@@ -391,5 +406,8 @@ def _read(
     except BadImage as error:
         reason = str(error)
     else:
-        return _Usable(key, image, captions, raw.meta.get("image_id"))
+        captions = [cleaned[n] for n in kept]
+        weights = raw.meta.get("caption_weights")
+        weights = [] if weights is None else [weights[n] for n in kept]
+        return _Usable(key, image, captions, weights, raw.meta.get("image_id"))
     return {"shard": f"{source.name}/{source.shards[shard].name}", "key": key, "reason": reason}

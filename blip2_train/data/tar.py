@@ -17,6 +17,7 @@ IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")  # in order of preference
 TEXT_EXTENSIONS = ("json", "txt")
 MAX_IMAGE_BYTES = 64 * 2**20
 MAX_TEXT_BYTES = 4 * 2**20
+MAX_WEIGHT = 1e30  # of a caption: keeps sums finite
 # One read per sample is only safe if it is bounded; the slack is for headers and ignored members.
 MAX_SAMPLE_BYTES = MAX_IMAGE_BYTES + 2 * MAX_TEXT_BYTES + 2**20
 
@@ -39,7 +40,9 @@ class RawSample:
 
     key: str
     image: bytes
-    meta: dict[str, Any]  # "captions": list[str], never empty; the rest as in the json member
+    # "captions": list[str], never empty; "caption_weights", where the sample has them: one float of
+    # at least 0 per caption; the rest as in the json member.
+    meta: dict[str, Any]
 
 
 def tar_members(file: BinaryIO, whole: bool = True) -> Iterator[tuple[tarfile.TarInfo, int]]:
@@ -92,7 +95,7 @@ def raw_sample(key: str, contents: Mapping[str, bytes]) -> RawSample:
     """Put a sample together from its members.
 
     The captions are `captions` (list) or `caption` (string) of the json member, else the txt
-    member; blank ones are dropped.
+    member; blank ones are dropped, with their `caption_weights` if there are any.
 
     Args:
         key: the members' common name.
@@ -114,7 +117,16 @@ def raw_sample(key: str, contents: Mapping[str, bytes]) -> RawSample:
         captions = _decode(key, "txt", contents["txt"])
     if isinstance(captions, str):
         captions = [captions]
-    return RawSample(key, image, {**meta, "captions": _checked_captions(key, captions)})
+    captions = _checked_captions(key, captions)
+    kept = [n for n, caption in enumerate(captions) if caption.strip()]
+    if not kept:
+        raise SampleError(key, "no captions")
+    meta = {**meta, "captions": [captions[n] for n in kept]}
+    weights = meta.pop("caption_weights", None)
+    if weights is not None:
+        weights = _checked_weights(key, weights, len(captions))
+        meta["caption_weights"] = [weights[n] for n in kept]
+    return RawSample(key, image, meta)
 
 
 def _json_object(key: str, data: bytes) -> dict[str, Any]:
@@ -142,10 +154,17 @@ def _checked_captions(key: str, captions: Any) -> list[str]:
         # A lone surrogate ("\\ud800" in JSON) is no text: tokenizers refuse it much later.
         if not isinstance(caption, str) or not _is_unicode(caption):
             raise SampleError(key, "captions are not text")
-    kept = [caption for caption in captions or [] if caption.strip()]
-    if not kept:
-        raise SampleError(key, "no captions")
-    return kept
+    return captions or []
+
+
+def _checked_weights(key: str, weights: Any, captions: int) -> list[float]:
+    good = isinstance(weights, list) and len(weights) == captions
+    for weight in weights if good else []:
+        number = isinstance(weight, int | float) and not isinstance(weight, bool)
+        good = good and number and 0 <= weight <= MAX_WEIGHT
+    if not good:
+        raise SampleError(key, "caption_weights are not one number of at least 0 per caption")
+    return [float(weight) for weight in weights]
 
 
 def _is_unicode(text: str) -> bool:

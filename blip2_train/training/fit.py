@@ -135,6 +135,7 @@ def fit(cfg: Mapping[str, Any], launch: Launch) -> Path:
     monitor = Monitor(
         feeder,
         skipped,
+        stream.epochs_after,
         start_step=state.step,
         log_every=cfg["trainer"]["log_every"],
         max_consecutive_skips=cfg["trainer"]["max_consecutive_skips"],

@@ -7,7 +7,7 @@ import resource
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -31,6 +31,7 @@ class Monitor(pl.Callback):
     Args:
         feeder: knows how long training waited for data.
         skipped: where unusable samples are written down (rank 0).
+        epochs_after: epochs of each source after so many micro-batches of this start.
         start_step: optimizer steps done before this start.
         log_every: optimizer steps between lines.
         max_consecutive_skips: non-finite steps in a row after which the run stops.
@@ -41,6 +42,7 @@ class Monitor(pl.Callback):
         self,
         feeder: Feeder,
         skipped: SkippedLog | None,
+        epochs_after: Callable[[int], dict[str, float]],
         *,
         start_step: int,
         log_every: int,
@@ -49,6 +51,8 @@ class Monitor(pl.Callback):
     ) -> None:
         self.feeder = feeder
         self.skipped_log = skipped
+        self.epochs_after = epochs_after
+        self.start_step = start_step
         self.log_every = log_every
         self.max_consecutive_skips = max_consecutive_skips
         self.max_skip_fraction = max_skip_fraction
@@ -119,6 +123,8 @@ class Monitor(pl.Callback):
         batch = pl_module.batch
         rate = steps * batch.size / elapsed
         in_all, _, in_a_row = pl_module.skips.tolist()
+        micro_batches = (step - self.start_step) * trainer.accumulate_grad_batches
+        epochs = {f"epochs/{k}": v for k, v in self.epochs_after(micro_batches).items()}
         memory = _peak_memory_gb(pl_module.device)
         watched = pl_module.watched()
         metrics |= {
@@ -128,6 +134,7 @@ class Monitor(pl.Callback):
             "lr": pl_module.learning_rate(step - 1),
             "gradient_norm": float(pl_module.grad_norm),
             **watched,
+            **epochs,
             "skipped_steps": in_all,
             "peak_memory_gb": max(gather_objects(memory, world)),
             "model_flops_utilisation": rate / world.size * self.flops_per_sample / self.ceiling,
@@ -162,6 +169,9 @@ class Monitor(pl.Callback):
             return
         more = "".join(f"{name} {value:.4f}  " for name, value in watched.items())
         train = {k.removeprefix("train/"): v for k, v in metrics.items() if k.startswith("train/")}
+        epochs = {
+            k.removeprefix("epochs/"): v for k, v in metrics.items() if k.startswith("epochs/")
+        }
         line = (
             f"step {step}/{trainer.max_steps}  loss {train['loss']:.4f}  "
             f"{describe_losses(train, self.levels)}  lr {metrics['lr']:.2e}  "
@@ -169,7 +179,8 @@ class Monitor(pl.Callback):
             f"{metrics['samples_per_second']:.1f} samples/s  "
             f"data wait {metrics['data_wait_share']:.0%}  "
             f"mfu {metrics['model_flops_utilisation']:.1%}  "
-            f"mem {metrics['peak_memory_gb']:.1f} GB"
+            f"mem {metrics['peak_memory_gb']:.1f} GB  "
+            f"epochs {', '.join(f'{name} {done:.2f}' for name, done in epochs.items())}"
         )
         if trainer.max_steps > step:
             seconds = (trainer.max_steps - step) * self.samples_per_step

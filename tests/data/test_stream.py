@@ -3,6 +3,7 @@
 - the sequence of global batches (keys, texts, pixels) does not depend on ranks and workers
 - it continues after any number of micro-batches, with other ranks and workers, from the counts
 - it is the order of `order.py`: each epoch every sample once, sources by weight
+- a caption is drawn uniformly, by the sample's own weights, or is the first
 - each sample carries all its captions and a random number of its own
 - without transforms no image is decoded
 - unusable samples are replaced by the next usable one in stored order, everywhere alike, and named
@@ -187,6 +188,7 @@ def test_counts_are_those_of_the_samples_drawn(make):
     for step, batch in enumerate(batches(stream, 5), start=1):
         after.update(key.partition("/")[0] for key in batch["keys"])
         assert stream.drawn_after(step) == dict(after)
+        assert stream.epochs_after(step) == {"one": after["one"] / 25, "two": after["two"] / 10}
     assert abs(after["one"] / (5 * C) - 0.7) < 0.02
 
 
@@ -260,6 +262,37 @@ def test_the_first_caption_and_a_prompt(sources, make):
     stream = make(sources=sources[1:], caption="first", prompt="one ", max_words=3)
     for row in rows(batches(stream, 1)[0]):
         assert row[1] == "one caption 0 of"
+
+
+def test_captions_are_drawn_by_their_weights(tmp_path, make):
+    """As CapFilt ranks many, of which the best two count; a blank one takes its weight along."""
+    folder = tmp_path / "ranked"
+    folder.mkdir()
+    captions = ["one", " ", "two", "one of two", "!"]
+    weights = {"a": [1, 9, 3, 0, 9], "b": [0, 1, 0, 0, 1], "c": None}
+    samples = [
+        {
+            "__key__": key,
+            "jpg": jpeg(0),
+            "json": {"captions": captions}
+            | ({"caption_weights": given} if given is not None else {}),
+        }
+        for key, given in weights.items()
+    ]
+    write_index(folder, [write_shard(folder / "train-000000.tar", samples)])
+    source = open_source("ranked", folder, "train")
+    drawn = {key: Counter() for key in weights}
+    for batch in batches(make(sources=[source], collate=as_list, caption="weighted"), 200):
+        for sample in batch["samples"]:
+            drawn[sample.key[-1]][sample.captions[0]] += 1
+    share = {
+        key: {c: n / counts.total() for c, n in counts.items()} for key, counts in drawn.items()
+    }
+    assert share["a"].keys() == {"one", "two"} and share["a"]["two"] == pytest.approx(
+        0.75, abs=0.05
+    )
+    for key in "bc":  # no weight is left, or there never was one: each of the three alike
+        assert list(share[key].values()) == pytest.approx([1 / 3] * 3, abs=0.06)
 
 
 def test_pixels_and_ids_are_those_of_the_key(folder, sources, make):

@@ -94,6 +94,8 @@ def test_what_a_run_leaves(undisturbed: Path) -> None:
     table = rows(undisturbed, without_speed=False)
     trained = [row for row in table if row["train/loss"]]
     assert [int(row["step"]) for row in trained] == [2, 4, 6, 8, 10, 12]
+    epochs = [float(row["epochs/synthetic"]) for row in trained]
+    assert epochs == pytest.approx([12 * step / 108 for step in (2, 4, 6, 8, 10, 12)])
     for name in ("samples_per_second_per_device", "model_flops_utilisation", "peak_memory_gb"):
         assert float(trained[-1][name]) > 0, name
     assert float(trained[-1]["lr"]) > 0 and 0 <= float(trained[-1]["data_wait_share"]) <= 1
