@@ -159,7 +159,7 @@ def index(args: argparse.Namespace, command: str) -> int:
     """Index the tars that others wrote; exit code 1 if one cannot be read."""
     from blip2_train.data.check import index_folder
 
-    shards, bad = index_folder(args.folder, args.split)
+    shards, bad = index_folder(args.folder, args.split, args.workers)
     for message in bad:
         print(f"not in the index: {message}", file=sys.stderr)
     samples = sum(shard.samples for shard in shards)
@@ -171,7 +171,7 @@ def verify(args: argparse.Namespace, command: str) -> int:
     """Check every shard against the index; exit code 1 if one is bad."""
     from blip2_train.data.check import verify_folder
 
-    count, bad = verify_folder(args.folder)
+    count, bad = verify_folder(args.folder, args.workers)
     for message in bad:
         print(f"bad: {message}", file=sys.stderr)
     print(f"{count:,} shards in the index of {args.folder}, {len(bad):,} problems")
@@ -252,10 +252,12 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=index)
     command.add_argument("folder", type=Path, metavar="FOLDER", help="holds the .tar files")
     command.add_argument("--split", help="of all tars (default: from NAME-000000.tar, else train)")
+    _add_workers(command)
     text = "check size, SHA-256 and offsets of every shard against the index"
     command = commands.add_parser("verify", help=text, description=text)
     command.set_defaults(run=verify)
     command.add_argument("folder", type=Path, metavar="FOLDER", help="holds index.json")
+    _add_workers(command)
     return parser
 
 
@@ -308,13 +310,7 @@ def _add_input_options(command: argparse.ArgumentParser, name: str) -> None:
 def _add_output_options(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add("--out", type=Path, required=True, help="folder of the shards")
-    add(
-        "--workers",
-        type=_whole(1),
-        default=os.cpu_count() or 1,
-        metavar="N",
-        help="processes (default: one per CPU)",
-    )
+    _add_workers(command)
     add("--quality", type=_whole(1, 95), default=90, help="of new JPEGs, 1 to 95 (default: 90)")
     add(
         "--samples-per-shard",
@@ -328,6 +324,16 @@ def _add_output_options(command: argparse.ArgumentParser) -> None:
         type=_whole(5),
         metavar="N",
         help="train a lower-case BERT WordPiece of N entries on the train captions",
+    )
+
+
+def _add_workers(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--workers",
+        type=_whole(1),
+        default=os.cpu_count() or 1,
+        metavar="N",
+        help="processes (default: one per CPU)",
     )
 
 

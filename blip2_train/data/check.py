@@ -1,17 +1,25 @@
-"""Index tars that others wrote, and check shards against their index."""
+"""Index tars that others wrote, and check shards against their index; both in several processes."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable, Sequence
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 from tqdm import tqdm
 
+from blip2_train.data.atomic import write_json
+from blip2_train.data.processes import run_tasks
 from blip2_train.data.shards import (
     ShardError,
     ShardInfo,
     ShardReader,
     file_sha256,
+    offsets_path,
     read_index,
     scan_tar,
     split_of,
@@ -20,70 +28,141 @@ from blip2_train.data.shards import (
 )
 from blip2_train.errors import UserError
 
+# Beside the tars: what is known of each, so that an interrupted `index` goes on where it was.
+STATE_FOLDER = ".index"
 
-def index_folder(folder: Path, split: str | None) -> tuple[list[ShardInfo], list[str]]:
+Result = TypeVar("Result")
+
+
+def index_folder(
+    folder: Path, split: str | None, workers: int = 1
+) -> tuple[list[ShardInfo], list[str]]:
     """Write the index and offsets of the tars in a folder; the tars stay as they are.
+
+    What is found out about a tar is kept in `folder/.index/`: the same call after an interruption,
+    or after more tars were added, reads only tars that are new or whose size or time of change is
+    another.
 
     Args:
         folder: holds the tars.
         split: of all of them; None takes it from `<split>-<number>.tar`, else it is train.
+        workers: number of processes.
 
     Returns:
         The shards, and a message for each tar that cannot be read and is not in the index.
 
     Raises:
-        UserError: there is no tar, or none that can be read.
+        UserError: there is no tar, none that can be read, or a worker process was killed.
     """
     paths = sorted(folder.glob("*.tar"))
     if not paths:
         raise UserError(f"{folder} holds no .tar file")
-    shards, bad = [], []
-    for path in tqdm(paths, unit=" shards", disable=None):
-        try:
-            offsets = scan_tar(path)
-        except ShardError as error:
-            bad.append(str(error))
-            continue
-        write_offsets(path, offsets)
-        shards.append(
-            ShardInfo(
-                name=path.name,
-                split=split or split_of(path.name) or "train",
-                samples=len(offsets),
-                bytes=path.stat().st_size,
-                sha256=file_sha256(path),
-            )
+    (folder / STATE_FOLDER).mkdir(exist_ok=True)
+    found = _in_processes(_index_one, paths, workers)
+    bad = [result for result in found if isinstance(result, str)]
+    shards = [
+        ShardInfo(
+            path.name,
+            split or split_of(path.name) or "train",
+            result["samples"],
+            result["bytes"],
+            result["sha256"],
         )
+        for path, result in zip(paths, found, strict=True)
+        if not isinstance(result, str)
+    ]
     if not shards:
         raise UserError(f"no tar in {folder} can be read, for example: {bad[0]}")
     write_index(folder, shards)
     return shards, bad
 
 
-def verify_folder(folder: Path) -> tuple[int, list[str]]:
+def verify_folder(folder: Path, workers: int = 1) -> tuple[int, list[str]]:
     """Check size, SHA-256 and offsets of every shard of an index.
+
+    Args:
+        folder: holds the tars and the index.
+        workers: number of processes.
 
     Returns:
         The number of shards in the index, and a message for each thing that is wrong.
 
     Raises:
-        UserError: there is no index.
+        UserError: there is no index, or a worker process was killed.
     """
     shards = read_index(folder)
     tars = sorted(folder.glob("*.tar"))
     bad = [f"{path} is not in the index" for path in tars if path.name not in shards]
-    for info in tqdm(shards.values(), unit=" shards", disable=None):
-        path = folder / info.name
-        reader = ShardReader(path, info)
+    tasks = [(folder / info.name, asdict(info)) for info in shards.values()]
+    found = _in_processes(_verify_one, tasks, workers)
+    return len(shards), bad + [message for message in found if message is not None]
+
+
+def _in_processes(
+    task: Callable[[Any], Result], arguments: Sequence[Any], workers: int
+) -> list[Result]:
+    """`[task(a) for a in arguments]` with a progress bar."""
+    found: dict[int, Result] = {}
+    with tqdm(total=len(arguments), unit=" shards", disable=None) as progress:
+
+        def finished(number: int, result: Result) -> None:
+            found[number] = result
+            progress.update()
+
         try:
-            if file_sha256(path) != info.sha256:
-                bad.append(f"{path} has another SHA-256 than the index says")
-            elif not np.array_equal(scan_tar(path), reader.offsets):
-                bad.append(f"the offsets of {path} are not those of its samples")
-        except FileNotFoundError:
-            bad.append(f"{path} does not exist")
-        except ShardError as error:
-            bad.append(str(error))
-        finally:
-            reader.close()
-    return len(shards), bad
+            if workers == 1:
+                for number, argument in enumerate(arguments):
+                    finished(number, task(argument))
+            else:
+                run_tasks(task, [(argument,) for argument in arguments], workers, finished)
+        except BrokenProcessPool:
+            raise UserError(
+                "a worker process was killed (out of memory?); run the same command again, with "
+                "fewer --workers"
+            ) from None
+    return [found[number] for number in range(len(arguments))]
+
+
+def _index_one(path: Path) -> dict[str, Any] | str:
+    """What the index says of a tar, or why it cannot be read; its offsets are beside it then."""
+    stat = path.stat()
+    now = {"bytes": stat.st_size, "changed_ns": stat.st_mtime_ns}
+    entry = path.parent / STATE_FOLDER / f"{path.name}.json"
+    known = _known(entry)
+    if known is not None and offsets_path(path).exists() and known.items() >= now.items():
+        return known
+    try:
+        offsets = scan_tar(path)
+    except ShardError as error:
+        return str(error)
+    write_offsets(path, offsets)
+    known = {**now, "samples": len(offsets), "sha256": file_sha256(path)}
+    write_json(entry, known)
+    return known
+
+
+def _known(entry: Path) -> dict[str, Any] | None:
+    try:
+        known = json.loads(entry.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return None
+    complete = isinstance(known, dict) and {"samples", "bytes", "sha256"} <= known.keys()
+    return known if complete else None
+
+
+def _verify_one(shard: tuple[Path, dict[str, Any]]) -> str | None:
+    """What is wrong with a shard, if anything."""
+    path, info = shard[0], ShardInfo(**shard[1])
+    reader = ShardReader(path, info)
+    try:
+        if file_sha256(path) != info.sha256:
+            return f"{path} has another SHA-256 than the index says"
+        if not np.array_equal(scan_tar(path), reader.offsets):
+            return f"the offsets of {path} are not those of its samples"
+    except FileNotFoundError:
+        return f"{path} does not exist"
+    except ShardError as error:
+        return str(error)
+    finally:
+        reader.close()
+    return None

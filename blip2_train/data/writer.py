@@ -9,22 +9,16 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-import multiprocessing
-import os
-import signal
-import threading
-import warnings
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
-from multiprocessing.connection import wait as wait_for_exit
 from pathlib import Path
 from typing import Any
 
 from blip2_train.data.atomic import TEMP_SUFFIX, write_json
 from blip2_train.data.images import BadImage
 from blip2_train.data.plan import Item, PlannedShard
+from blip2_train.data.processes import run_tasks
 from blip2_train.data.shards import ShardInfo, offsets_path, write_shard
 from blip2_train.data.tar import SampleError, raw_sample
 from blip2_train.errors import UserError
@@ -147,27 +141,8 @@ def _run(
     finished: Callable[[PlannedShard, Written], None],
 ) -> None:
     """Write `shards`, at most one per worker at a time."""
-    if not shards:
-        return
-    # Not fork: the caller may have threads (progress bars), and macOS has no safe fork at all.
-    context = multiprocessing.get_context("spawn")
-    waiting = iter(shards)
-    running: dict[Future[Written], PlannedShard] = {}
-    with ProcessPoolExecutor(
-        min(workers, len(shards)), mp_context=context, initializer=_start_worker
-    ) as pool:
-        try:
-            for shard in itertools.islice(waiting, workers):
-                running[pool.submit(_write, folder, shard, make)] = shard
-            while running:
-                for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    finished(running.pop(future), future.result())
-                    for shard in itertools.islice(waiting, 1):
-                        running[pool.submit(_write, folder, shard, make)] = shard
-        except BaseException:  # Ctrl-C too: half a shard is worth nothing, do not wait for it
-            for process in multiprocessing.active_children():
-                process.terminate()
-            raise
+    arguments = [(folder, shard, make) for shard in shards]
+    run_tasks(_write, arguments, workers, lambda number, result: finished(shards[number], result))
 
 
 def _run_alone(
@@ -183,17 +158,6 @@ def _run_alone(
             f"the process that was writing {shard.name} was killed (out of memory?); finished "
             "shards are kept, run the same command again to go on"
         ) from None
-
-
-def _start_worker() -> None:
-    """Leave Ctrl-C to the parent, and die with it: an orphan would wait for work for ever."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # PIL's remarks on odd files name no file, and what is wrong with one is in the report.
-    warnings.filterwarnings("ignore", module="PIL")
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        watch = [parent.sentinel]
-        threading.Thread(target=lambda: (wait_for_exit(watch), os._exit(1)), daemon=True).start()
 
 
 def _write(folder: Path, planned: PlannedShard, make: Make) -> Written:

@@ -10,6 +10,7 @@
 import contextlib
 import io
 import json
+import os
 import pickle
 import random
 import tarfile
@@ -282,6 +283,13 @@ def test_foreign_shards(tmp_path: Path) -> None:
         ([("a.jpg", b"x"), ("a.json", b"[" * 100_000)], "bad json"),
         ([("a.jpg", b"x"), ("a.json", b'{"captions": [3]}')], "captions are not text"),
         ([("a.jpg", b"x"), ("a.json", b'{"caption": "\\ud800"}')], "captions are not text"),
+        *(
+            (
+                [("a.jpg", b"x"), ("a.json", b'{"caption": "x", "caption_weights": %s}' % weights)],
+                "caption_weights are not one number of at least 0 per caption",
+            )
+            for weights in (b"[]", b"[1, 2]", b"[-1]", b"[NaN]", b"[true]", b"[1e400]", b"7")
+        ),
         ([("a.jpg", b"x"), ("a.txt", b"\xff")], "txt is not UTF-8"),
         ([("a.jpg", b"x"), ("a.json", b"\xff")], "json is not UTF-8"),
         ([("a.jpg", b"x"), ("a.jpg", b"y")], "two jpg members"),
@@ -377,6 +385,34 @@ def test_index_and_verify(tmp_path: Path) -> None:
     assert all(
         word in message for word, message in zip(("SHA", "offsets", "exist"), bad, strict=True)
     )
+
+
+def test_indexing_goes_on_where_it_was_and_gives_the_same_in_any_number_of_processes(
+    tmp_path: Path,
+) -> None:
+    for number in range(3):
+        write_shard(tmp_path / f"train-00000{number}.tar", [sample(number), sample(number + 9)])
+        offsets_path(tmp_path / f"train-00000{number}.tar").unlink()
+    path, other = tmp_path / "train-000000.tar", tmp_path / "train-000001.tar"
+    assert index_folder(tmp_path, None, workers=2)[1] == []
+    index = (tmp_path / "index.json").read_bytes()
+    assert verify_folder(tmp_path, workers=2) == (3, [])
+
+    # A tar of the same size and time is not read again ...
+    data, stat = path.read_bytes(), path.stat()
+    path.write_bytes(b"x" * len(data))
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    (tmp_path / "index.json").unlink()
+    assert index_folder(tmp_path, None)[1] == [] and (tmp_path / "index.json").read_bytes() == index
+    assert verify_folder(tmp_path)[1] == [f"{path} has another SHA-256 than the index says"]
+    path.write_bytes(data)
+    # ... one that was changed is, and so is one whose offsets or entry are lost.
+    write_shard(other, [sample(7)])
+    offsets_path(path).unlink()
+    (tmp_path / ".index" / "train-000002.tar.json").write_text("{")
+    shards, bad = index_folder(tmp_path, None)
+    assert [shard.samples for shard in shards] == [2, 1, 2] and not bad
+    assert verify_folder(tmp_path) == (3, [])
 
 
 def test_a_folder_without_tars_cannot_be_indexed(tmp_path: Path) -> None:
