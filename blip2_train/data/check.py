@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -58,19 +57,10 @@ def index_folder(
     if not paths:
         raise UserError(f"{folder} holds no .tar file")
     (folder / STATE_FOLDER).mkdir(exist_ok=True)
-    found = _in_processes(_index_one, paths, workers)
+    splits = [split or split_of(path.name) or "train" for path in paths]
+    found = _in_processes(_index_one, list(zip(paths, splits, strict=True)), workers)
     bad = [result for result in found if isinstance(result, str)]
-    shards = [
-        ShardInfo(
-            path.name,
-            split or split_of(path.name) or "train",
-            result["samples"],
-            result["bytes"],
-            result["sha256"],
-        )
-        for path, result in zip(paths, found, strict=True)
-        if not isinstance(result, str)
-    ]
+    shards = [result for result in found if isinstance(result, ShardInfo)]
     if not shards:
         raise UserError(f"no tar in {folder} can be read, for example: {bad[0]}")
     write_index(folder, shards)
@@ -93,15 +83,14 @@ def verify_folder(folder: Path, workers: int = 1) -> tuple[int, list[str]]:
     shards = read_index(folder)
     tars = sorted(folder.glob("*.tar"))
     bad = [f"{path} is not in the index" for path in tars if path.name not in shards]
-    tasks = [(folder / info.name, asdict(info)) for info in shards.values()]
-    found = _in_processes(_verify_one, tasks, workers)
+    found = _in_processes(_verify_one, [(folder, info) for info in shards.values()], workers)
     return len(shards), bad + [message for message in found if message is not None]
 
 
 def _in_processes(
-    task: Callable[[Any], Result], arguments: Sequence[Any], workers: int
+    task: Callable[..., Result], arguments: Sequence[tuple[Any, ...]], workers: int
 ) -> list[Result]:
-    """`[task(a) for a in arguments]` with a progress bar."""
+    """`[task(*given) for given in arguments]` with a progress bar; one worker is this process."""
     found: dict[int, Result] = {}
     with tqdm(total=len(arguments), unit=" shards", disable=None) as progress:
 
@@ -111,10 +100,10 @@ def _in_processes(
 
         try:
             if workers == 1:
-                for number, argument in enumerate(arguments):
-                    finished(number, task(argument))
+                for number, given in enumerate(arguments):
+                    finished(number, task(*given))
             else:
-                run_tasks(task, [(argument,) for argument in arguments], workers, finished)
+                run_tasks(task, arguments, workers, finished)
         except BrokenProcessPool:
             raise UserError(
                 "a worker process was killed (out of memory?); run the same command again, with "
@@ -123,36 +112,36 @@ def _in_processes(
     return [found[number] for number in range(len(arguments))]
 
 
-def _index_one(path: Path) -> dict[str, Any] | str:
+def _index_one(path: Path, split: str) -> ShardInfo | str:
     """What the index says of a tar, or why it cannot be read; its offsets are beside it then."""
     stat = path.stat()
-    now = {"bytes": stat.st_size, "changed_ns": stat.st_mtime_ns}
     entry = path.parent / STATE_FOLDER / f"{path.name}.json"
-    known = _known(entry)
-    if known is not None and offsets_path(path).exists() and known.items() >= now.items():
-        return known
-    try:
-        offsets = scan_tar(path)
-    except ShardError as error:
-        return str(error)
-    write_offsets(path, offsets)
-    known = {**now, "samples": len(offsets), "sha256": file_sha256(path)}
-    write_json(entry, known)
-    return known
+    state = {"bytes": stat.st_size, "changed_ns": stat.st_mtime_ns}
+    known = _known(entry, state) if offsets_path(path).exists() else None
+    if known is None:
+        try:
+            offsets = scan_tar(path)
+        except ShardError as error:
+            return str(error)
+        write_offsets(path, offsets)
+        known = {**state, "samples": len(offsets), "sha256": file_sha256(path)}
+        write_json(entry, known)
+    return ShardInfo(path.name, split, known["samples"], known["bytes"], known["sha256"])
 
 
-def _known(entry: Path) -> dict[str, Any] | None:
+def _known(entry: Path, state: dict[str, int]) -> dict[str, Any] | None:
+    """What an earlier run found out, None if there is nothing or the tar is in another state."""
     try:
         known = json.loads(entry.read_bytes())
     except (FileNotFoundError, ValueError):
         return None
-    complete = isinstance(known, dict) and {"samples", "bytes", "sha256"} <= known.keys()
-    return known if complete else None
+    complete = isinstance(known, dict) and known.keys() == {*state, "samples", "sha256"}
+    return known if complete and known.items() >= state.items() else None
 
 
-def _verify_one(shard: tuple[Path, dict[str, Any]]) -> str | None:
+def _verify_one(folder: Path, info: ShardInfo) -> str | None:
     """What is wrong with a shard, if anything."""
-    path, info = shard[0], ShardInfo(**shard[1])
+    path = folder / info.name
     reader = ShardReader(path, info)
     try:
         if file_sha256(path) != info.sha256:
