@@ -11,6 +11,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+# Numbers of ranks, and of loader workers on each, that nothing may depend on.
+LAYOUTS = [(1, 0), (1, 1), (1, 4), (2, 1), (2, 3), (3, 2), (4, 1), (8, 2)]
+
 
 def run_ranks(function: Callable[..., Any], size: int, *args: Any) -> list[Any]:
     """`function(*args)` on `size` processes of one group; what each returned, by rank."""

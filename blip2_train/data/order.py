@@ -36,7 +36,13 @@ class ShuffledOrder:
 
     In each epoch the shards are permuted, then samples are permuted inside windows of consecutive
     permuted shards, so that a reader needs only one window's shards at a time. Every epoch holds
-    every sample exactly once. Memory: 16 bytes per shard and 8 bytes per sample of one window.
+    every sample exactly once.
+
+    N shards are cut into max(1, N // shuffle_window) windows of N / windows shards, rounded up or
+    down: none is narrower than min(shuffle_window, N), in which samples of one shard would meet
+    more often, and none is wider than 2 * shuffle_window - 1. Shards without samples do not count.
+
+    Memory: 32 bytes per shard and 8 bytes per sample of one window.
     """
 
     def __init__(self, shard_sizes: Sequence[int], seed: int, shuffle_window: int) -> None:
@@ -45,7 +51,7 @@ class ShuffledOrder:
         Args:
             shard_sizes: samples of each shard, in a fixed order.
             seed: non-negative.
-            shuffle_window: shards whose samples are mixed with each other.
+            shuffle_window: least number of shards whose samples are mixed with each other.
 
         Raises:
             UserError: a value out of range, or no sample at all.
@@ -61,7 +67,8 @@ class ShuffledOrder:
         if shuffle_window < 1:
             raise UserError(f"data.shuffle_window={shuffle_window} shards; give 1 or more.")
         self._seed = seed
-        self._window = shuffle_window
+        self._filled = np.flatnonzero(self._sizes)
+        self._windows = max(1, len(self._filled) // shuffle_window)
         # One epoch's shards and one window's samples: the order is read front to back, so the
         # neighbours of the last place looked up are what is asked for next.
         self._epoch = -1
@@ -80,12 +87,12 @@ class ShuffledOrder:
         """
         epoch, place = divmod(n, self.num_samples)
         if epoch != self._epoch:
-            self._shards = permutation([self._seed, epoch, _SHARDS, 0], len(self._sizes))
+            drawn = permutation([self._seed, epoch, _SHARDS, 0], len(self._filled))
+            self._shards = self._filled[drawn]
             self._ends = np.cumsum(self._sizes[self._shards])
             self._epoch = epoch
-        window = int(np.searchsorted(self._ends, place, side="right")) // self._window
-        first = window * self._window
-        last = min(first + self._window, len(self._shards))
+        slot = int(np.searchsorted(self._ends, place, side="right"))
+        window, first, last = self._window_of(slot)
         start = int(self._ends[first - 1]) if first else 0
         if self._samples_of != (epoch, window):
             length = int(self._ends[last - 1]) - start
@@ -95,6 +102,16 @@ class ShuffledOrder:
         slot = int(np.searchsorted(self._ends, place, side="right"))
         before = int(self._ends[slot - 1]) if slot else 0
         return epoch, int(self._shards[slot]), place - before
+
+    def _window_of(self, slot: int) -> tuple[int, int, int]:
+        """Return the window of a place among the permuted shards, its first and its end.
+
+        Window w begins at floor(w * shards / windows).
+        """
+        shards = len(self._filled)
+        window = ((slot + 1) * self._windows - 1) // shards
+        first, last = (w * shards // self._windows for w in (window, window + 1))
+        return window, first, last
 
 
 class Mixture:
@@ -191,3 +208,30 @@ class Mixture:
             name: max(counts[name], (time // stride + 1) // 2)
             for name, stride in self._stride.items()
         }
+
+
+def micro_batch(
+    mixture: Mixture,
+    drawn: Mapping[str, int],
+    number: int,
+    contrastive_batch: int,
+    rank: int = 0,
+    world: int = 1,
+) -> Iterator[tuple[str, int]]:
+    """Walk over what one rank's micro-batch holds: its slice of a contrastive batch.
+
+    Loader workers do not come in: worker w of W builds the micro-batches w, w + W, ...
+
+    Args:
+        mixture: of the sources.
+        drawn: samples of each source that were drawn before micro-batch 0.
+        number: of the micro-batch.
+        contrastive_batch: samples over all ranks, a multiple of `world`.
+        rank: whose slice.
+        world: number of slices.
+
+    Yields:
+        The source and the index within the order of that source.
+    """
+    size = contrastive_batch // world
+    return mixture.run(mixture.advance(drawn, number * contrastive_batch + rank * size), size)

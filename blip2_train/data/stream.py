@@ -8,6 +8,7 @@ many samples were drawn from each source.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import time
@@ -24,7 +25,7 @@ from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from blip2_train.data.batch import EvalSample, Sample, Skipped, sample_id
 from blip2_train.data.images import BadImage, load_rgb
-from blip2_train.data.order import Mixture, ShuffledOrder
+from blip2_train.data.order import Mixture, ShuffledOrder, micro_batch
 from blip2_train.data.shards import (
     RawSample,
     SampleError,
@@ -189,7 +190,7 @@ class TrainStream(IterableDataset[Batch]):
                 worker, so it must pickle.
             contrastive_batch: samples over all ranks, `batch.size / batch.accumulate`.
             seed: of order, captions and transforms.
-            shuffle_window: shards whose samples are mixed.
+            shuffle_window: shards whose samples are mixed, at least (see `ShuffledOrder`).
             rank: this process's slice of each contrastive batch.
             world: number of slices.
             drawn: samples of each source that were drawn before, to continue after them.
@@ -228,8 +229,8 @@ class TrainStream(IterableDataset[Batch]):
         self._transforms = transforms
         self._collate = collate
         self._contrastive_batch = contrastive_batch
-        self._per_device = contrastive_batch // world
         self._rank = rank
+        self._world = world
         self._seed = seed
         self._caption = caption
         self._max_words = max_words
@@ -256,15 +257,18 @@ class TrainStream(IterableDataset[Batch]):
     def __iter__(self) -> Iterator[Batch]:
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info is not None else (0, 1)
-        counts = self.drawn_after(worker)
-        while True:
-            own = self.mixture.advance(counts, self._rank * self._per_device)
+        for number in itertools.count(worker, workers):
+            places = micro_batch(
+                self.mixture,
+                self.drawn,
+                number,
+                self._contrastive_batch,
+                self._rank,
+                self._world,
+            )
             skipped: list[Skipped] = []
-            samples = [
-                self._draw(name, n, skipped) for name, n in self.mixture.run(own, self._per_device)
-            ]
+            samples = [self._draw(name, n, skipped) for name, n in places]
             yield self._collate(samples, skipped)
-            counts = self.mixture.advance(counts, workers * self._contrastive_batch)
 
     def _draw(self, name: str, n: int, skipped: list[Skipped]) -> Sample:
         """Return sample `n` of a source, or what stands in for it; adds to `skipped`."""

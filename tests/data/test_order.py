@@ -1,12 +1,16 @@
 """Proven here, without a file: the shuffled order and the mixture of sources.
 
 - every epoch holds every sample exactly once, epochs and seeds differ
-- samples mix inside a window of shards, and only there
+- samples mix inside a window of shards, and only there; no window is narrower than asked for
+- two samples of one shard meet in a batch no more often than chance in such a window has it
+- global batches are the same for any ranks and workers, also after going on with others
 - `locate` depends on its argument alone, and its values are fixed for ever
-- a mixture never strays from its weights, and jumping equals walking
+- a mixture never strays from its weights, and jumping equals walking; a small source beside a
+  large one is gone through exactly, epoch after epoch
 - the memory and time of a lookup stay small at a hundred million samples
 """
 
+import itertools
 import time
 from collections import Counter
 from itertools import pairwise
@@ -15,8 +19,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ranks import LAYOUTS
 
-from blip2_train.data.order import Mixture, ShuffledOrder, permutation
+from blip2_train.data.order import Mixture, ShuffledOrder, micro_batch, permutation
 from blip2_train.errors import UserError
 
 SHARD_SIZES = st.lists(st.integers(0, 7), min_size=1, max_size=9).filter(any)
@@ -67,10 +72,50 @@ def test_samples_mix_within_a_window_of_shards_only(sizes, seed, window):
             current = Counter()
     assert not current
     for group in groups:
-        assert len(group) <= window
+        assert len(group) <= 2 * window - 1
         assert not group & seen
         seen |= group
     assert len(seen) == filled
+
+
+@given(st.integers(1, 40), st.integers(1, 45), SEEDS)
+def test_no_window_is_narrower_or_much_wider_than_asked_for(shards, window, seed):
+    """Shards of one sample show the windows: they hold the places that any seed mixes."""
+    order = ShuffledOrder([1] * shards, seed, window)
+    windows = [order._window_of(slot) for slot in range(shards)]
+    spans = sorted(set(windows))
+    assert [number for number, _, _ in spans] == list(range(len(spans)))
+    assert [first for _, first, _ in spans] == [0, *(last for _, _, last in spans[:-1])]
+    assert all(first <= slot < last for slot, (_, first, last) in enumerate(windows))
+    widths = [last - first for _, first, last in spans]
+    assert min(widths) >= min(window, shards)
+    assert max(widths) <= max(window, 2 * window - 1)
+    assert max(widths) - min(widths) <= 1
+
+
+def test_a_shard_without_samples_takes_no_place_in_a_window():
+    order = ShuffledOrder([0, 30, 0, 0, 30, 0], 1, 2)
+    halves = [shard for _, shard, _ in epoch_of(order, 0)[:30]]
+    assert set(halves) == {1, 4}
+
+
+@given(st.integers(1, 20), st.integers(1, 24), st.integers(2, 30), st.integers(4, 24), SEEDS)
+@settings(max_examples=25, deadline=None)
+def test_samples_of_one_shard_meet_no_more_often_than_by_chance(shards, window, size, batch, seed):
+    """As many pairs of one shard in a batch as K shards would have it, K the narrowest window."""
+    mixed = min(window, shards)
+    chance = batch * (batch - 1) / (2 * mixed)
+    order = ShuffledOrder([size] * shards, seed, window)
+    # Enough whole epochs for some 4000 such pairs: then 10 % more is six standard deviations.
+    batches = -(-4000 // chance)
+    epochs = int(-(-batches * batch // order.num_samples))
+    drawn = [order.locate(n)[1] for n in range(epochs * order.num_samples)]
+    whole = range(0, len(drawn) - batch + 1, batch)
+    pairs = 0
+    for start in whole:
+        counts = Counter(drawn[start : start + batch]).values()
+        pairs += sum(count * (count - 1) // 2 for count in counts)
+    assert pairs <= 1.1 * chance * len(whole)
 
 
 def test_epochs_seeds_and_windows_differ():
@@ -100,10 +145,13 @@ def test_the_order_is_fixed_for_ever():
     assert permutation([7, 0, 1, 0], 8).tolist() == FIXED_PERMUTATION
     order = ShuffledOrder([2, 3, 1, 4], 5, 2)
     assert [order.locate(n) for n in (0, 1, 2, 9, 10, 1000)] == FIXED_PLACES
+    order = ShuffledOrder([2, 3, 1, 0, 4, 2], 5, 2)  # five shards with samples: windows of 2 and 3
+    assert [order.locate(n) for n in (0, 1, 2, 9, 10, 1000)] == FIXED_UNEVEN_PLACES
 
 
 FIXED_PERMUTATION = [5, 1, 2, 7, 6, 4, 0, 3]
 FIXED_PLACES = [(0, 3, 1), (0, 3, 3), (0, 3, 2), (0, 0, 1), (1, 1, 2), (100, 1, 1)]
+FIXED_UNEVEN_PLACES = [(0, 5, 1), (0, 4, 1), (0, 4, 0), (0, 1, 1), (0, 1, 0), (83, 0, 0)]
 
 
 def test_a_hundred_million_samples_are_looked_up_quickly():
@@ -114,6 +162,69 @@ def test_a_hundred_million_samples_are_looked_up_quickly():
     assert time.perf_counter() - start < 2  # takes 0.1 s; a list of all samples would take 10 s
     held = sum(value.nbytes for value in vars(order).values() if isinstance(value, np.ndarray))
     assert held < 4e6
+
+
+SOURCES = st.lists(SHARD_SIZES, min_size=1, max_size=3)
+PLACE = tuple[str, int, int, int]  # source, epoch, shard, index
+
+
+def global_batches(
+    sources: list[list[int]],
+    weights: list[int],
+    window: int,
+    drawn: dict[str, int],
+    count: int,
+    batch: int,
+    layout: tuple[int, int],
+) -> list[list[PLACE]]:
+    """What the ranks of a layout train on together, as their loaders put it together."""
+    world, workers = layout
+    names = [f"s{i}" for i in range(len(sources))]
+    mixture = Mixture(dict(zip(names, weights, strict=False)))
+    ranks = []
+    for rank in range(world):
+        orders = [  # each loader worker has a copy of its own
+            {
+                name: ShuffledOrder(sizes, 5, window)
+                for name, sizes in zip(names, sources, strict=True)
+            }
+            for _ in range(max(1, workers))
+        ]
+        numbers = [itertools.count(worker, len(orders)) for worker in range(len(orders))]
+        built = []
+        for own, number in itertools.islice(
+            itertools.cycle(zip(orders, numbers, strict=True)), count
+        ):
+            places = micro_batch(mixture, drawn, next(number), batch, rank, world)
+            built.append([(name, *own[name].locate(n)) for name, n in places])
+        ranks.append(built)
+    return [[place for part in parts for place in part] for parts in zip(*ranks, strict=True)]
+
+
+@given(
+    SOURCES,
+    st.lists(st.integers(1, 9), min_size=3, max_size=3),
+    st.integers(1, 4),
+    st.integers(0, 10),
+    st.permutations(LAYOUTS),
+)
+@settings(max_examples=25, deadline=None)
+def test_ranks_and_workers_do_not_change_a_batch(sources, weights, window, stop, layouts):
+    """Nor does going on after any batch with others, from the counts alone."""
+    batch, count = 24, 10
+    mixture = Mixture({f"s{i}": weight for i, weight in enumerate(weights[: len(sources)])})
+    start = dict.fromkeys(mixture.names, 0)
+    expected = global_batches(sources, weights, window, start, count, batch, (1, 0))
+    walked = [
+        (name, *ShuffledOrder(sources[int(name[1:])], 5, window).locate(n))
+        for name, n in mixture.run(start, count * batch)
+    ]
+    assert [place for places in expected for place in places] == walked
+    later = mixture.advance(start, stop * batch)
+    for first, second in zip(layouts, layouts[1:] + layouts[:1], strict=True):
+        before = global_batches(sources, weights, window, start, stop, batch, first)
+        after = global_batches(sources, weights, window, later, count - stop, batch, second)
+        assert before + after == expected
 
 
 @pytest.mark.parametrize(
@@ -207,6 +318,28 @@ def test_a_far_jump_is_cheap():
     for _ in range(100):
         counts = mixture.advance(counts, 1680 * 8)
     assert time.perf_counter() - start < 1  # walking takes some 0.02 s for each
+
+
+@given(st.integers(1, 5), st.integers(100, 3000), st.sampled_from([1, 3, 20]))
+@settings(max_examples=20, deadline=None)
+def test_a_small_source_beside_a_large_one_stays_exact(small, large, share):
+    """Many epochs of a few samples while the large source has few: each of them is whole."""
+    mixture = Mixture({"large": 20, "small": share})
+    orders = {
+        "large": ShuffledOrder([large // 2, large - large // 2], 1, 2),
+        "small": ShuffledOrder([1] * small, 1, 2),
+    }
+    seen: dict[str, list[tuple[int, int, int]]] = {"large": [], "small": []}
+    for name, n in mixture.run({"large": 0, "small": 0}, 2000):
+        seen[name].append(orders[name].locate(n))
+    assert len(seen["small"]) == pytest.approx(2000 * share / (20 + share), abs=1)
+    for name, order in orders.items():
+        every = {place[1:] for place in epoch_of(order, 0)}
+        for epoch in range(len(seen[name]) // order.num_samples):
+            first = epoch * order.num_samples
+            places = seen[name][first : first + order.num_samples]
+            assert {place[0] for place in places} == {epoch}
+            assert {place[1:] for place in places} == every
 
 
 @pytest.mark.parametrize("weight", [0, -1, 0.0, float("nan"), float("inf")])

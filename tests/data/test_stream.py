@@ -1,8 +1,10 @@
 """Proven here, over real tars and with real loader workers:
 
-- the sequence of global batches (keys, texts, pixels) does not depend on ranks and workers
+- the sequence of global batches (keys, texts, pixels, what was skipped) does not depend on ranks
+  and workers, with bad samples, two sources, and others from some batch on
 - it continues after any number of micro-batches, with other ranks and workers, from the counts
-- it is the order of `order.py`: each epoch every sample once, sources by weight
+- it is the order of `order.py`: each epoch every sample once, sources by weight, a tiny one
+  exactly beside a large one
 - a caption is drawn uniformly, by the sample's own weights, or is the first
 - each sample carries all its captions and a random number of its own
 - without transforms no image is decoded
@@ -23,6 +25,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from ranks import LAYOUTS
 from torch.utils.data import DataLoader
 
 from blip2_train.data import stream as stream_module
@@ -130,12 +133,29 @@ def batches(stream: TrainStream, count: int, workers: int = 0) -> list[dict]:
     return list(itertools.islice(loader, count))
 
 
-def global_batches(make, count: int, world: int, workers: int, **changes) -> list[list[tuple]]:
-    """Contrastive batches put together from all ranks: (key, text, ids, id, pixels) per sample."""
+def of_all_ranks(make, count: int, world: int, workers: int, **changes) -> list[tuple[dict, ...]]:
+    """What the ranks train on together, step by step."""
     ranks = [
         batches(make(rank=rank, world=world, **changes), count, workers) for rank in range(world)
     ]
-    return [[row for batch in parts for row in rows(batch)] for parts in zip(*ranks, strict=True)]
+    return list(zip(*ranks, strict=True))
+
+
+def global_batches(make, count: int, world: int, workers: int, **changes) -> list[list[tuple]]:
+    """Contrastive batches put together from all ranks: (key, text, ids, id, pixels) per sample."""
+    steps = of_all_ranks(make, count, world, workers, **changes)
+    return [[row for batch in parts for row in rows(batch)] for parts in steps]
+
+
+def with_skips(steps: list[tuple[dict, ...]]) -> list[tuple[list[tuple], list[dict]]]:
+    """Each global batch, and what was skipped for it."""
+    return [
+        (
+            [row for batch in parts for row in rows(batch)],
+            [skip for batch in parts for skip in batch["skipped"]],
+        )
+        for parts in steps
+    ]
 
 
 def rows(batch: dict) -> list[tuple]:
@@ -156,18 +176,27 @@ def expected(make):
     return global_batches(make, 9, world=1, workers=0)
 
 
-@pytest.mark.parametrize(("world", "workers"), [(1, 1), (1, 3), (2, 0), (2, 1), (3, 2)])
-def test_ranks_and_workers_do_not_change_what_is_seen(make, expected, world, workers):
-    assert global_batches(make, 9, world, workers) == expected
+@pytest.fixture(scope="module")
+def long_run(make):
+    """Fifty batches of 24: both sources some 35 times over."""
+    return with_skips(of_all_ranks(make, 50, 1, 0, contrastive_batch=24))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[1:], ids=str)
+def test_ranks_and_workers_do_not_change_what_is_seen(make, long_run, layout):
+    assert len({key for batch, _ in long_run for key, *_ in batch}) == 31
+    assert sum(len(skipped) for _, skipped in long_run) > 100
+    assert with_skips(of_all_ranks(make, 50, *layout, contrastive_batch=24)) == long_run
 
 
 @pytest.mark.parametrize(
-    ("start", "world", "workers"), [(1, 1, 0), (4, 2, 0), (5, 1, 3), (7, 3, 0), (8, 2, 1)]
+    ("start", "layout"), zip((1, 4, 5, 7, 8, 24, 25, 45), LAYOUTS, strict=True), ids=str
 )
-def test_it_continues_anywhere_with_other_ranks_and_workers(make, expected, start, world, workers):
-    drawn = make().drawn_after(start)
-    resumed = global_batches(make, 9 - start, world, workers, drawn=drawn)
-    assert resumed == expected[start:]
+def test_it_continues_anywhere_with_other_ranks_and_workers(make, long_run, start, layout):
+    """The run before had one rank and no worker; the counts alone say where it was."""
+    drawn = make(contrastive_batch=24).drawn_after(start)
+    resumed = of_all_ranks(make, 5, *layout, contrastive_batch=24, drawn=drawn)
+    assert with_skips(resumed) == long_run[start : start + 5]
 
 
 def test_it_continues_with_another_batch_size(make, expected):
@@ -198,6 +227,20 @@ def test_each_epoch_holds_each_good_sample_once(sources, make):
     epochs = [keys[i : i + 10] for i in range(0, 60, 10)]
     assert {len(set(epoch)) for epoch in epochs} == {10}
     assert len({tuple(epoch) for epoch in epochs}) > 1
+
+
+def test_a_tiny_source_beside_a_large_one_is_gone_through_exactly(folder, sources, make):
+    write_source(folder / "tiny", "train", [2, 0, 1])
+    tiny = open_source("tiny", folder / "tiny", "train", 0.9)
+    large = open_source("one", folder / "one", "train", 0.1)
+    stream = make(sources=[tiny, large])
+    keys = [key for batch in batches(stream, 30) for key in batch["keys"]]
+    drawn = [key for key in keys if key.startswith("tiny/")]
+    assert len(drawn) == stream.drawn_after(30)["tiny"] == 0.9 * 30 * C
+    epochs = [drawn[i : i + 3] for i in range(0, len(drawn), 3)]
+    assert len(epochs) == stream.epochs_after(30)["tiny"] == 108
+    assert {len(set(epoch)) for epoch in epochs} == {3}
+    assert stream.epochs_after(30)["one"] == 36 / 25
 
 
 def test_a_sample_is_seen_differently_in_each_epoch_and_with_each_seed(sources, make):
