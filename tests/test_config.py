@@ -8,6 +8,7 @@ change may, and what may not is named.
 """
 
 import copy
+import math
 from pathlib import Path
 from typing import Any
 
@@ -324,6 +325,25 @@ def test_sources_may_be_added() -> None:
     source = "{shards: x, split: train, weight: null, randaugment: false}"
     cfg = plain("stage1_vitg", "data=coco", f"+data.sources.mine={source}")
     assert set(cfg["data"]["sources"]) == {"coco", "mine"}
+
+
+@pytest.mark.parametrize("weight", [0, -1, math.inf, math.nan, "much", True])
+def test_a_weight_is_a_positive_number_or_null(paper: dict[str, Any], weight: Any) -> None:
+    cfg = copy.deepcopy(paper)
+    for source in cfg["data"]["sources"].values():
+        source["weight"] = weight
+    with pytest.raises(UserError, match=r"data\.sources\.coco\.weight=.* above 0, or null"):
+        validate(cfg)
+
+
+def test_weights_are_given_for_all_sources_or_none(paper: dict[str, Any]) -> None:
+    cfg = copy.deepcopy(paper)
+    cfg["data"]["sources"]["coco"]["weight"] = 2.0
+    with pytest.raises(UserError, match=r"data\.sources\.\*\.weight.*'coco': 2\.0.*all of them"):
+        validate(cfg)
+    for source in cfg["data"]["sources"].values():
+        source["weight"] = 0.5
+    validate(cfg)
 
 
 BAD = {

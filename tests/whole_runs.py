@@ -95,17 +95,20 @@ def start(words: list[str]) -> subprocess.Popen[str]:
     )
 
 
-def kill_in_the_middle(overrides: list[str], run: Path, processes: int, last: int = 12) -> None:
+def kill_in_the_middle(
+    overrides: list[str], run: Path, processes: int, last: int = 12, step: int = 6
+) -> None:
     """Starts the command and kills it, children and all, once a checkpoint was followed by more.
 
-    `last` is the run's last step, which it must not have reached.
+    It is killed after the line of `step`; `last` is the run's last step, which it must not have
+    reached.
     """
     process = start(command(overrides, processes))
     assert process.stdout is not None
     lines = []
     for line in process.stdout:
         lines.append(line)
-        if "step 6/" in line and (run / "checkpoints").exists():
+        if f"step {step}/" in line and (run / "checkpoints").exists():
             break
     else:
         raise AssertionError("".join(lines))
