@@ -17,7 +17,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from ranks import LAYOUTS
 
@@ -100,7 +100,8 @@ def test_a_shard_without_samples_takes_no_place_in_a_window():
 
 
 @given(st.integers(1, 20), st.integers(1, 24), st.integers(2, 30), st.integers(4, 24), SEEDS)
-@settings(max_examples=25, deadline=None)
+@example(9, 8, 30, 8, 0)  # a last window of the one shard that is left over would show here
+@settings(max_examples=20, deadline=None)
 def test_samples_of_one_shard_meet_no_more_often_than_by_chance(shards, window, size, batch, seed):
     """As many pairs of one shard in a batch as K shards would have it, K the narrowest window."""
     mixed = min(window, shards)
