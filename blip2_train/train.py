@@ -19,7 +19,6 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 
 from blip2_train.config import (
-    GROUPS,
     Launch,
     conf_dir,
     dotted_keys,
@@ -29,6 +28,7 @@ from blip2_train.config import (
     validate,
 )
 from blip2_train.errors import UserError
+from blip2_train.rules import GROUPS
 
 # With one of these Hydra itself is asked for something; otherwise a training is.
 HYDRA_FLAGS = re.compile(

@@ -19,7 +19,8 @@ MAY_IMPORT = {
     "seeding": set(),
     "losses": set(),
     "distributed": set(),
-    "config": {"errors"},
+    "rules": set(),
+    "config": {"errors", "rules"},
     "models": {"errors"},
     "data": {"errors", "seeding", "distributed"},
     "checkpoint": {"errors", "models"},
@@ -29,7 +30,7 @@ MAY_IMPORT = {
         "evaluation",
     },
     "prepare": {"errors", "data"},
-    "train": {"errors", "config", "training"},
+    "train": {"errors", "rules", "config", "training"},
     "demo": {
         "errors", "prepare", "train", "data", "models", "losses", "evaluation", "training",
     },

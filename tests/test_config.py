@@ -16,11 +16,6 @@ import pytest
 import torch
 
 from blip2_train.config import (
-    CHOICES,
-    COUNTS,
-    NUMBERS,
-    SWITCHES,
-    TEXTS,
     BatchPlan,
     Launch,
     conf_dir,
@@ -32,6 +27,7 @@ from blip2_train.config import (
 )
 from blip2_train.errors import UserError
 from blip2_train.models.freezing import count_parameters
+from blip2_train.rules import CHOICES, COUNTS, NUMBERS, SWITCHES, TEXTS
 from blip2_train.train import compose, run
 from blip2_train.training.checkpointing import trained_state
 from blip2_train.training.fit import STAGES

@@ -14,8 +14,8 @@ import numpy as np
 
 from blip2_train.errors import UserError
 
-# Third word of the entropy: keeps the streams of shards and of samples apart.
-_SHARDS, _SAMPLES = 0, 1
+# Third word of the entropy: keeps the streams of shards, of samples and of parts apart.
+_SHARDS, _SAMPLES, _PARTS = 0, 1, 2
 
 
 def permutation(entropy: Sequence[int], length: int) -> np.ndarray:
@@ -103,6 +103,25 @@ class ShuffledOrder:
         before = int(self._ends[slot - 1]) if slot else 0
         return epoch, int(self._shards[slot]), place - before
 
+    def shards_near(self, n: int) -> list[int]:
+        """Return the shards that a reader at place `n` needs now and next, in this order.
+
+        Args:
+            n: global index.
+
+        Returns:
+            Those of the window that holds `n` and of the window after it.
+        """
+        epoch, _, _ = self.locate(n)
+        slot = int(np.searchsorted(self._ends, n % self.num_samples, side="right"))
+        window, first, last = self._window_of(slot)
+        if window + 1 < self._windows:
+            _, _, last = self._window_of(last)
+            return self._shards[first:last].tolist()
+        drawn = permutation([self._seed, epoch + 1, _SHARDS, 0], len(self._filled))
+        _, _, end = self._window_of(0)
+        return [*self._shards[first:last].tolist(), *self._filled[drawn][:end].tolist()]
+
     def _window_of(self, slot: int) -> tuple[int, int, int]:
         """Return the window of a place among the permuted shards, its first and its end.
 
@@ -112,6 +131,83 @@ class ShuffledOrder:
         window = ((slot + 1) * self._windows - 1) // shards
         first, last = (w * shards // self._windows for w in (window, window + 1))
         return window, first, last
+
+
+class PartedOrder:
+    """The order of one source as `parts` orders beside each other, each over its own samples.
+
+    A contrastive batch takes as many samples from each part, in the order of the parts, so that the
+    ranks of one machine need the shards of their own parts alone (`data.locality`). The parts are
+    fixed for the run and differ by one sample at most; a shard may belong to two. Each part goes
+    through its epochs by itself. One part is the order of all shards.
+    """
+
+    def __init__(
+        self, shard_sizes: Sequence[int], seed: int, shuffle_window: int, parts: int = 1
+    ) -> None:
+        """Describe the order.
+
+        Args:
+            shard_sizes: samples of each shard, in a fixed order.
+            seed: non-negative.
+            shuffle_window: as for `ShuffledOrder`; within a part.
+            parts: number of parts, at most the number of samples.
+
+        Raises:
+            UserError: as for `ShuffledOrder`.
+        """
+        self.num_samples = sum(shard_sizes)
+        # Shards that were written one after another may be alike: dealt out in a random order.
+        order = range(len(shard_sizes))
+        if parts > 1:
+            order = permutation([seed, 0, _PARTS, 0], len(shard_sizes)).tolist()
+        self._pieces = cut([(shard, shard_sizes[shard]) for shard in order], parts)
+        self._orders = [
+            ShuffledOrder([count for _, _, count in pieces], seed, shuffle_window)
+            for pieces in self._pieces
+        ]
+
+    def locate(self, part: int, n: int) -> tuple[int, int, int]:
+        """Return where the sample at place `n` of a part lies: epoch, shard, index in the shard."""
+        epoch, piece, index = self._orders[part].locate(n)
+        shard, first, _ = self._pieces[part][piece]
+        return epoch, shard, first + index
+
+    def shards_near(self, part: int, n: int) -> list[int]:
+        """Return the shards that a reader at place `n` of a part needs now and next."""
+        return [self._pieces[part][piece][0] for piece in self._orders[part].shards_near(n)]
+
+
+def cut(shards: Sequence[tuple[int, int]], parts: int) -> list[list[tuple[int, int, int]]]:
+    """Cut shards that lie one after another into parts of equal numbers of samples.
+
+    Args:
+        shards: of each its number and its samples.
+        parts: number of parts.
+
+    Returns:
+        For each part its pieces: number of the shard, first sample in it, samples.
+
+    Raises:
+        UserError: there are fewer samples than parts.
+    """
+    total = sum(samples for _, samples in shards)
+    if total < parts:
+        raise UserError(f"{total} samples cannot be cut into data.locality={parts} parts.")
+    pieces: list[list[tuple[int, int, int]]] = [[] for _ in range(parts)]
+    start = 0
+    part = 0
+    for shard, samples in shards:
+        first = 0
+        while first < samples:
+            end_of_part = (part + 1) * total // parts
+            count = min(samples - first, end_of_part - start - first)
+            pieces[part].append((shard, first, count))
+            first += count
+            if start + first == end_of_part:
+                part += 1
+        start += samples
+    return pieces
 
 
 class Mixture:
@@ -217,21 +313,30 @@ def micro_batch(
     contrastive_batch: int,
     rank: int = 0,
     world: int = 1,
-) -> Iterator[tuple[str, int]]:
+    parts: int = 1,
+) -> Iterator[tuple[str, int, int]]:
     """Walk over what one rank's micro-batch holds: its slice of a contrastive batch.
 
     Loader workers do not come in: worker w of W builds the micro-batches w, w + W, ...
 
     Args:
         mixture: of the sources.
-        drawn: samples of each source that were drawn before micro-batch 0.
+        drawn: samples of each source that were drawn before micro-batch 0; multiples of `parts`.
         number: of the micro-batch.
-        contrastive_batch: samples over all ranks, a multiple of `world`.
+        contrastive_batch: samples over all ranks, a multiple of `world` and of `parts`.
         rank: whose slice.
         world: number of slices.
+        parts: of each source's order. Every part has the same mixture, so that how much of it was
+            drawn is the same for all.
 
     Yields:
-        The source and the index within the order of that source.
+        The source, the part, and the index within the order of that part.
     """
-    size = contrastive_batch // world
-    return mixture.run(mixture.advance(drawn, number * contrastive_batch + rank * size), size)
+    size, share = contrastive_batch // world, contrastive_batch // parts
+    drawn = mixture.advance({name: drawn[name] // parts for name in drawn}, number * share)
+    start, end = rank * size, (rank + 1) * size
+    for part in range(start // share, -(-end // share)):
+        first, last = max(start, part * share), min(end, (part + 1) * share)
+        before = mixture.advance(drawn, first - part * share)
+        for name, n in mixture.run(before, last - first):
+            yield name, part, n

@@ -24,6 +24,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from blip2_train.data.atomic import atomic_writer, write_json
+from blip2_train.data.remote import Cache, MissingFile
 from blip2_train.data.tar import (
     MAX_SAMPLE_BYTES,
     RawSample,
@@ -42,6 +43,7 @@ __all__ = [
     "ShardReader",
     "file_sha256",
     "offsets_path",
+    "parse_index",
     "read_index",
     "scan_tar",
     "split_of",
@@ -82,17 +84,34 @@ def read_index(folder: Path) -> dict[str, ShardInfo]:
     """
     path = Path(folder) / INDEX_NAME
     try:
-        table = json.loads(path.read_bytes())
+        data = path.read_bytes()
     except FileNotFoundError:
         raise UserError(
             f"{folder} has no {INDEX_NAME}: if blip2-prepare was interrupted there, run the same "
             f"command again; for tars from elsewhere run `blip2-prepare index {folder}`"
         ) from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read as JSON: {error}") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    return parse_index(data, str(path))
+
+
+def parse_index(data: bytes, where: str) -> dict[str, ShardInfo]:
+    """The shards of an `index.json`'s content, as `read_index`.
+
+    Args:
+        data: of the file.
+        where: path or URL, for messages.
+
+    Raises:
+        UserError: it is no index.
+    """
+    try:
+        table = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where} cannot be read as JSON: {error}") from None
     if not isinstance(table, dict):
-        raise UserError(f"{path} must hold an object {{file name: shard}}")
-    return {name: _shard_info(path, name, entry) for name, entry in table.items()}
+        raise UserError(f"{where} must hold an object {{file name: shard}}")
+    return {name: _shard_info(where, name, entry) for name, entry in table.items()}
 
 
 def write_index(folder: Path, shards: Iterable[ShardInfo]) -> None:
@@ -104,26 +123,36 @@ def write_index(folder: Path, shards: Iterable[ShardInfo]) -> None:
     write_json(Path(folder) / INDEX_NAME, table)
 
 
-def _shard_info(path: Path, name: str, entry: Any) -> ShardInfo:
+def _shard_info(where: str, name: str, entry: Any) -> ShardInfo:
     """Check one index entry: an index may come from a stranger, names must stay in the folder."""
     fields: dict[str, type] = {"split": str, "samples": int, "bytes": int, "sha256": str}
     if Path(name).name != name or name in ("", ".", ".."):
-        raise UserError(f"{path}: {name!r} is not a plain file name")
+        raise UserError(f"{where}: {name!r} is not a plain file name")
     if not isinstance(entry, Mapping):
-        raise UserError(f"{path}: the entry of {name!r} must be an object with {', '.join(fields)}")
+        raise UserError(
+            f"{where}: the entry of {name!r} must be an object with {', '.join(fields)}"
+        )
     for field, kind in fields.items():
         value = entry.get(field)
         if type(value) is not kind or (isinstance(value, int) and value < 0):
-            raise UserError(f"{path}: {field!r} of {name!r} is {value!r}, not a {kind.__name__}")
+            raise UserError(f"{where}: {field!r} of {name!r} is {value!r}, not a {kind.__name__}")
     return ShardInfo(name, **{field: entry[field] for field in fields})
 
 
 # -------------------------------------------------------------------------------- whole shards
 
 
+OFFSETS_SUFFIX = ".offsets.npy"
+
+
+def offsets_bytes(samples: int) -> int:
+    """Size of the offsets of a shard: a header of two 64-byte blocks and two int64 per sample."""
+    return 128 + 16 * samples
+
+
 def offsets_path(path: Path) -> Path:
     """Where the offsets of the shard at `path` are."""
-    return path.with_name(path.name + ".offsets.npy")
+    return path.with_name(path.name + OFFSETS_SUFFIX)
 
 
 def split_of(name: str) -> str | None:
@@ -221,16 +250,22 @@ class ShardReader:
     """Random access to the samples of one shard.
 
     The file is opened and checked at the first `read`. Reads are positioned (`pread`), so a reader
-    may be shared by threads and inherited by a fork; pickling carries path and info only.
+    may be shared by threads and inherited by a fork; pickling carries only what it was made of.
+
+    Args:
+        location: path of the tar, or its URL where there is a cache.
+        info: what the index says of it.
+        cache: remote shards are fetched into; None: the shard is a file here.
 
     Raises:
         ShardError: at the first `read`, if the file is missing, or its size or offsets are not
             what `info` says. Other operating-system errors pass through: they may be passing.
     """
 
-    def __init__(self, path: Path, info: ShardInfo) -> None:
-        self.path = Path(path)
+    def __init__(self, location: Path | str, info: ShardInfo, cache: Cache | None = None) -> None:
+        self.location = str(location)
         self.info = info
+        self._cache = cache
         self._file: BinaryIO | None = None
         self._offsets: np.ndarray | None = None
 
@@ -238,7 +273,7 @@ class ShardReader:
         return self.info.samples
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return ShardReader, (self.path, self.info)
+        return ShardReader, (self.location, self.info, self._cache)
 
     def read(self, i: int) -> RawSample:
         """Read sample `i` with one positioned read.
@@ -249,14 +284,16 @@ class ShardReader:
             SampleError: the sample has no image, no caption, or a member that cannot be used.
         """
         if not 0 <= i < len(self):
-            raise IndexError(f"sample {i} of {len(self)} in {self.path.name}")
+            raise IndexError(f"sample {i} of {len(self)} in {self.info.name}")
         file, offsets = self._opened()
         start, end = int(offsets[i, 0]), int(offsets[i, 1])
         if end - start > MAX_SAMPLE_BYTES:
             raise SampleError(f"#{i}", f"oversized: {end - start} bytes in the tar")
         blob = os.pread(file.fileno(), end - start, start)
         if len(blob) < end - start:
-            raise ShardError(f"{self.path} ends inside sample {i}: it was cut after it was opened")
+            raise ShardError(
+                f"{self.location} ends inside sample {i}: it was cut after it was opened"
+            )
         key, contents = self._contents(i, blob)
         return raw_sample(key, contents)
 
@@ -287,9 +324,9 @@ class ShardReader:
         except SampleError:
             raise
         except Exception as error:  # see tar_members
-            raise ShardError(f"{self.path}: bad tar header in sample {i}: {error}") from error
+            raise ShardError(f"{self.location}: bad tar header in sample {i}: {error}") from error
         if len(keys) != 1:
-            raise ShardError(f"{self.path}: the offsets of sample {i} do not fit its members")
+            raise ShardError(f"{self.location}: the offsets of sample {i} do not fit its members")
         return keys.pop(), contents
 
     def _opened(self) -> tuple[BinaryIO, np.ndarray]:
@@ -298,32 +335,40 @@ class ShardReader:
         return self._file, self._offsets
 
     def _open(self) -> tuple[BinaryIO, np.ndarray]:
-        remedy = f"run `blip2-prepare verify {self.path.parent}`"
+        remedy = f"run `blip2-prepare verify {os.path.dirname(self.location)}`"
+        name = self.location + OFFSETS_SUFFIX
+        length = offsets_bytes(self.info.samples)
+        with self._open_file(OFFSETS_SUFFIX, length) as opened:
+            content = io.BytesIO(opened.read(length))  # never more, whatever it claims
         try:
-            offsets = np.load(offsets_path(self.path), allow_pickle=False)
-        except FileNotFoundError:
-            raise ShardError(f"{offsets_path(self.path)} does not exist; {remedy}") from None
-        except (ValueError, EOFError) as error:
-            raise ShardError(f"{offsets_path(self.path)} is damaged: {error}; {remedy}") from None
+            offsets = np.load(content, allow_pickle=False)
+        except Exception as error:  # of a damaged header, almost any
+            raise ShardError(f"{name} is damaged: {error}; {remedy}") from None
         if offsets.dtype != np.int64 or offsets.shape != (self.info.samples, 2):
             raise ShardError(
-                f"{offsets_path(self.path)} is {offsets.dtype} {offsets.shape}, not int64 "
+                f"{name} is {offsets.dtype} {offsets.shape}, not int64 "
                 f"{(self.info.samples, 2)} as the index says; {remedy}"
             )
         bounds = offsets.reshape(-1)
         if len(bounds) and (bounds[0] < 0 or bounds[-1] > self.info.bytes or _decreases(bounds)):
-            raise ShardError(f"{offsets_path(self.path)} holds impossible offsets; {remedy}")
-        try:
-            file = self.path.open("rb", buffering=0)
-        except FileNotFoundError:
-            raise ShardError(f"{self.path} does not exist, but the index lists it") from None
+            raise ShardError(f"{name} holds impossible offsets; {remedy}")
+        file = self._open_file("", self.info.bytes)
         size = os.fstat(file.fileno()).st_size
         if size != self.info.bytes:
             file.close()
             raise ShardError(
-                f"{self.path} has {size} bytes, the index says {self.info.bytes}; {remedy}"
+                f"{self.location} has {size} bytes, the index says {self.info.bytes}; {remedy}"
             )
         return file, offsets
+
+    def _open_file(self, suffix: str, size: int) -> BinaryIO:
+        location = self.location + suffix
+        try:
+            if self._cache is not None:
+                return self._cache.open(location, self.info.sha256, size)
+            return Path(location).open("rb", buffering=0)
+        except (FileNotFoundError, MissingFile):
+            raise ShardError(f"{location} does not exist, but the index lists it") from None
 
 
 def _decreases(values: np.ndarray) -> bool:

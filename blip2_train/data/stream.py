@@ -10,12 +10,8 @@ from __future__ import annotations
 
 import itertools
 import logging
-import os
-import time
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal, TypeVar, get_args
 
 import numpy as np
@@ -25,16 +21,10 @@ from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from blip2_train.data.batch import EvalSample, Sample, Skipped, sample_id
 from blip2_train.data.images import BadImage, load_rgb
-from blip2_train.data.order import Mixture, ShuffledOrder, micro_batch
-from blip2_train.data.shards import (
-    RawSample,
-    SampleError,
-    ShardError,
-    ShardInfo,
-    ShardReader,
-    offsets_path,
-    read_index,
-)
+from blip2_train.data.order import Mixture, PartedOrder, micro_batch
+from blip2_train.data.pool import Reading, ShardPool
+from blip2_train.data.shards import RawSample, SampleError, ShardError
+from blip2_train.data.source import Source, StoredShard
 from blip2_train.data.text import clean_caption
 from blip2_train.errors import UserError
 from blip2_train.seeding import stable_hash
@@ -45,120 +35,12 @@ Batch = TypeVar("Batch")
 CaptionChoice = Literal["uniform", "first", "weighted"]
 TrainTransformation = Callable[[Image.Image, torch.Generator], torch.Tensor]
 
-RETRY_SECONDS = (1.0, 4.0, 16.0)  # between attempts: a file server that fails over needs some
-MAX_OPEN_SHARDS = 64
-
-
-@dataclass(frozen=True)
-class Source:
-    """One split of a folder of shards and its share of the mixture."""
-
-    name: str
-    folder: Path
-    split: str
-    weight: float
-    shards: list[ShardInfo]  # sorted by name
-
-
-def open_source(name: str, shards: str | Path, split: str, weight: float = 1.0) -> Source:
-    """Read which shards a source has.
-
-    Args:
-        name: the source's key in `data.sources`.
-        shards: folder with shards and their `index.json`.
-        split: the split to use.
-        weight: relative weight in the mixture.
-
-    Raises:
-        UserError: folder, index or split is missing, or the split is empty; says what there is.
-    """
-    folder = Path(shards)
-    setting = f"data.sources.{name}.shards={folder}"
-    if not folder.is_dir():
-        near = sorted(path.name for path in folder.parent.glob("*") if path.is_dir())
-        raise UserError(
-            f"{setting}: there is no such folder; {folder.parent} holds "
-            f"{', '.join(near[:20]) or 'no folders'}. Make shards with blip2-prepare."
-        )
-    try:
-        index = read_index(folder)
-    except UserError as error:
-        raise UserError(f"{setting}: {error}") from None
-    chosen = [index[name] for name in sorted(index) if index[name].split == split]
-    if not any(info.samples for info in chosen):
-        splits = sorted({info.split for info in index.values() if info.samples})
-        raise UserError(
-            f"{setting}: there are no samples of split {split!r}; its splits are "
-            f"{', '.join(splits) or 'all empty'}. Name one of them, or add this one with "
-            "blip2-prepare."
-        )
-    _check_files(setting, folder, chosen)
-    return Source(name, folder, split, weight, chosen)
-
-
-def _check_files(setting: str, folder: Path, shards: Sequence[ShardInfo]) -> None:
-    """Refuse shards that are missing or not of the index's size; costs one directory listing."""
-    sizes = {entry.name: entry.stat().st_size for entry in os.scandir(folder) if entry.is_file()}
-    for info in shards:
-        size = sizes.get(info.name)
-        if size is None:
-            found = "is missing"
-        elif size != info.bytes:
-            found = f"has {size} bytes, index.json says {info.bytes}"
-        elif offsets_path(folder / info.name).name not in sizes:
-            found = "has no .offsets.npy beside it"
-        else:
-            continue
-        raise UserError(
-            f"{setting}: {info.name} {found}. Prepare the folder again; blip2-prepare verify "
-            "checks all of it."
-        )
-
-
-class ShardPool:
-    """Reads samples by (source, shard, index) and keeps the last used shards open."""
-
-    def __init__(self, max_open: int = MAX_OPEN_SHARDS) -> None:
-        """Open nothing yet: every loader worker opens its own files."""
-        self._max_open = max_open
-        self._readers: OrderedDict[Path, ShardReader] = OrderedDict()
-
-    def read(self, source: Source, shard: int, index: int) -> RawSample:
-        """Read one sample; I/O errors are retried, never taken for a bad sample.
-
-        Raises:
-            OSError: it failed in every attempt.
-            ShardError: the shard is unusable.
-            SampleError: this sample alone is.
-        """
-        info = source.shards[shard]
-        path = source.folder / info.name
-        for pause in RETRY_SECONDS:
-            try:
-                return self._reader(path, info).read(index)
-            except OSError as error:
-                # A stale handle of a network file system never recovers: open the file anew.
-                self._close(path)
-                log.warning("%s: %s; trying again in %g s", path, error, pause)
-                time.sleep(pause)
-        return self._reader(path, info).read(index)
-
-    def _reader(self, path: Path, info: ShardInfo) -> ShardReader:
-        if path not in self._readers:
-            while len(self._readers) >= self._max_open:
-                self._close(next(iter(self._readers)))
-            self._readers[path] = ShardReader(path, info)
-        self._readers.move_to_end(path)
-        return self._readers[path]
-
-    def _close(self, path: Path) -> None:
-        self._readers.pop(path).close()
-
 
 class TrainStream(IterableDataset[Batch]):
     """The endless sequence of one rank's micro-batches; use with `DataLoader(batch_size=None)`.
 
-    A sample that cannot be used is replaced by the next usable one of its shard, in stored order;
+    A sample that cannot be used is replaced by the next usable one of its shard, in stored order,
+    and with `on_bad_shard="skip"` one of a shard that cannot be read by one of the next shard;
     caption, crop, flip and `Sample.uniform` are drawn, in this order, from a generator seeded with
     (seed, epoch, source, shard, key). Iterating starts at `drawn` each time.
     """
@@ -175,10 +57,11 @@ class TrainStream(IterableDataset[Batch]):
         rank: int = 0,
         world: int = 1,
         drawn: Mapping[str, int] | None = None,
+        locality: int = 1,
         caption: CaptionChoice = "uniform",
         max_words: int = 50,
         prompt: str = "",
-        max_open_shards: int = MAX_OPEN_SHARDS,
+        reading: Reading | None = None,
     ) -> None:
         """Describe the stream; no shard is opened.
 
@@ -194,11 +77,12 @@ class TrainStream(IterableDataset[Batch]):
             rank: this process's slice of each contrastive batch.
             world: number of slices.
             drawn: samples of each source that were drawn before, to continue after them.
+            locality: parts that each source's order is cut into, see `PartedOrder`.
             caption: one usable caption `uniform`ly, always the `first`, or drawn as the sample's
                 `caption_weights` say (`weighted`; uniformly where it has none or all are 0).
             max_words: of a caption, see `clean_caption`.
             prompt: put in front of every caption.
-            max_open_shards: per worker.
+            reading: how shards are read.
 
         Raises:
             UserError: a value that cannot be carried out.
@@ -208,6 +92,11 @@ class TrainStream(IterableDataset[Batch]):
             raise UserError(
                 f"batch.size / batch.accumulate = {contrastive_batch} samples cannot be cut into "
                 f"{world} equal slices, one per device; make it a multiple of {world}."
+            )
+        if contrastive_batch % locality:
+            raise UserError(
+                f"batch.size / batch.accumulate = {contrastive_batch} is not divisible by "
+                f"data.locality={locality}; change one of them."
             )
         if caption not in get_args(CaptionChoice):
             choices = " or ".join(repr(choice) for choice in get_args(CaptionChoice))
@@ -220,22 +109,31 @@ class TrainStream(IterableDataset[Batch]):
             )
         self.mixture = Mixture({source.name: source.weight for source in sources})
         self.drawn = {name: (drawn or {}).get(name, 0) for name in self._sources}
-        self._orders = {
-            source.name: ShuffledOrder(
-                [info.samples for info in source.shards], seed, shuffle_window
-            )
-            for source in sources
-        }
+        self._orders = self._order_all(sources, seed, shuffle_window, locality)
         self._transforms = transforms
         self._collate = collate
         self._contrastive_batch = contrastive_batch
         self._rank = rank
         self._world = world
+        self._locality = locality
         self._seed = seed
         self._caption = caption
         self._max_words = max_words
         self._prompt = prompt
-        self._pool = ShardPool(max_open_shards)
+        self._reading = reading or Reading()
+        self._pool = ShardPool(self._reading)
+        self._remote = {source.name for source in sources if source.remote}
+        self._near: dict[tuple[str, int], list[int]] = {}  # shards that were asked for ahead
+
+    def _order_all(
+        self, sources: Sequence[Source], seed: int, shuffle_window: int, locality: int
+    ) -> dict[str, PartedOrder]:
+        return {
+            source.name: PartedOrder(
+                [info.samples for info in source.shards], seed, shuffle_window, locality
+            )
+            for source in sources
+        }
 
     def drawn_after(self, micro_batches: int) -> dict[str, int]:
         """Return the samples drawn from each source, over all ranks, after so many micro-batches.
@@ -243,7 +141,10 @@ class TrainStream(IterableDataset[Batch]):
         Args:
             micro_batches: that each rank has taken since the start at `drawn`.
         """
-        return self.mixture.advance(self.drawn, micro_batches * self._contrastive_batch)
+        share = micro_batches * self._contrastive_batch // self._locality
+        parts = {name: count // self._locality for name, count in self.drawn.items()}
+        after = self.mixture.advance(parts, share)
+        return {name: count * self._locality for name, count in after.items()}
 
     def epochs_after(self, micro_batches: int) -> dict[str, float]:
         """Return how often each source was gone through by then, since the run began.
@@ -258,36 +159,66 @@ class TrainStream(IterableDataset[Batch]):
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info is not None else (0, 1)
         for number in itertools.count(worker, workers):
-            places = micro_batch(
-                self.mixture,
-                self.drawn,
-                number,
-                self._contrastive_batch,
-                self._rank,
-                self._world,
+            places = list(
+                micro_batch(
+                    self.mixture,
+                    self.drawn,
+                    number,
+                    self._contrastive_batch,
+                    self._rank,
+                    self._world,
+                    self._locality,
+                )
             )
+            self._fetch_ahead(places)
             skipped: list[Skipped] = []
-            samples = [self._draw(name, n, skipped) for name, n in places]
+            samples = [self._draw(name, part, n, skipped) for name, part, n in places]
             yield self._collate(samples, skipped)
 
-    def _draw(self, name: str, n: int, skipped: list[Skipped]) -> Sample:
-        """Return sample `n` of a source, or what stands in for it; adds to `skipped`."""
+    def _draw(self, name: str, part: int, n: int, skipped: list[Skipped]) -> Sample:
+        """Return sample `n` of a part of a source, or what stands in for it; adds to `skipped`."""
         source = self._sources[name]
-        epoch, shard, index = self._orders[name].locate(n)
-        info = source.shards[shard]
+        epoch, first, index = self._orders[name].locate(part, n)
+        for step in range(len(source.shards)):
+            info = source.shards[(first + step) % len(source.shards)]
+            if not info.samples:
+                continue
+            try:
+                return self._draw_from(source, info, epoch, index, skipped)
+            except ShardError as error:
+                if self._reading.on_bad_shard == "error":
+                    raise
+                skipped.append(_skipped(source, info, f"#{index}", f"bad shard: {error}"))
+        raise ShardError(
+            f"data.sources.{name}: none of its {len(source.shards)} shards can be read"
+        )
+
+    def _draw_from(
+        self, source: Source, info: StoredShard, epoch: int, index: int, skipped: list[Skipped]
+    ) -> Sample:
+        """Return the first usable sample of a shard from `index` on, round its end."""
         for step in range(info.samples):
             place = (index + step) % info.samples
-            decode = self._transforms[name] is not None
-            raw = _read(self._pool, source, shard, place, self._max_words, decode)
-            if isinstance(raw, _Usable):
+            decode = self._transforms[source.name] is not None
+            raw = _read(self._pool, source, info, place, self._max_words, decode)
+            if isinstance(raw, Usable):
                 return self._augment(source, info, epoch, raw)
             skipped.append(raw)
         raise ShardError(
-            f"{source.folder / info.name}: none of its {info.samples} samples can be used, the "
-            f"last one because of: {skipped[-1]['reason']}"
+            f"{info.location}: none of its {info.samples} samples can be used, the last one "
+            f"because of: {skipped[-1]['reason']}"
         )
 
-    def _augment(self, source: Source, info: ShardInfo, epoch: int, raw: _Usable) -> Sample:
+    def _fetch_ahead(self, places: Sequence[tuple[str, int, int]]) -> None:
+        """Have the shards fetched that are read now and next, where they are somewhere else."""
+        firsts = {(name, part): n for name, part, n in reversed(places) if name in self._remote}
+        for (name, part), n in firsts.items():
+            near = self._orders[name].shards_near(part, n)
+            if self._near.get((name, part)) != near:
+                self._near[name, part] = near
+                self._pool.fetch_ahead(self._sources[name].shards[shard] for shard in near)
+
+    def _augment(self, source: Source, info: StoredShard, epoch: int, raw: Usable) -> Sample:
         generator = torch.Generator()
         generator.manual_seed(stable_hash(self._seed, epoch, source.name, info.name, raw.key))
         choice = 0
@@ -327,7 +258,7 @@ class EvalStream(Dataset[EvalSample | Skipped]):
         max_images: int | None = None,
         max_words: int = 50,
         prompt: str = "",
-        max_open_shards: int = MAX_OPEN_SHARDS,
+        reading: Reading | None = None,
     ) -> None:
         """Describe the set; no shard is opened.
 
@@ -337,7 +268,7 @@ class EvalStream(Dataset[EvalSample | Skipped]):
             max_images: use an evenly spaced subset of this size where there are more.
             max_words: of a caption, see `clean_caption`.
             prompt: put in front of every caption.
-            max_open_shards: per worker.
+            reading: how shards are read.
 
         Raises:
             UserError: `max_images` is not positive.
@@ -348,7 +279,8 @@ class EvalStream(Dataset[EvalSample | Skipped]):
         self._transform = transform
         self._max_words = max_words
         self._prompt = prompt
-        self._pool = ShardPool(max_open_shards)
+        self._reading = reading or Reading()
+        self._pool = ShardPool(self._reading)
         self._ends = np.cumsum([info.samples for info in source.shards])
         self._total = int(self._ends[-1])
         self._length = min(self._total, max_images or self._total)
@@ -363,10 +295,16 @@ class EvalStream(Dataset[EvalSample | Skipped]):
         shard = int(np.searchsorted(self._ends, place, side="right"))
         index = place - (int(self._ends[shard - 1]) if shard else 0)
         decode = self._transform is not None
-        raw = _read(self._pool, self._source, shard, index, self._max_words, decode)
-        if not isinstance(raw, _Usable):
+        info = self._source.shards[shard]
+        try:
+            raw = _read(self._pool, self._source, info, index, self._max_words, decode)
+        except ShardError as error:
+            if self._reading.on_bad_shard == "error":
+                raise
+            return _skipped(self._source, info, f"#{index}", f"bad shard: {error}")
+        if not isinstance(raw, Usable):
             return raw
-        name, tar = self._source.name, self._source.shards[shard].name
+        name, tar = self._source.name, info.name
         captions = [self._prompt + caption for caption in raw.captions]
         image_id = sample_id(name, tar, raw.key, raw.image_id)
         key = f"{name}/{tar}/{raw.key}"
@@ -377,7 +315,7 @@ class EvalStream(Dataset[EvalSample | Skipped]):
 
 
 @dataclass(frozen=True)
-class _Usable:
+class Usable:
     """A sample that was read and, where images are wanted, decoded."""
 
     key: str
@@ -392,26 +330,34 @@ def _no_image() -> torch.Tensor:
     return torch.empty(0, dtype=torch.uint8)
 
 
+def _skipped(source: Source, info: StoredShard, key: str, reason: str) -> Skipped:
+    return {"shard": f"{source.name}/{info.name}", "key": key, "reason": reason}
+
+
 def _read(
-    pool: ShardPool, source: Source, shard: int, index: int, max_words: int, decode: bool
-) -> _Usable | Skipped:
+    pool: ShardPool, source: Source, info: StoredShard, index: int, max_words: int, decode: bool
+) -> Usable | Skipped:
     """Read a sample, with its image if `decode`, or say why it cannot be used."""
-    key = f"#{index}"
     try:
-        raw = pool.read(source, shard, index)
-        key = raw.key
-        cleaned = [clean_caption(caption, max_words) for caption in raw.meta["captions"]]
-        kept = [n for n, caption in enumerate(cleaned) if caption]
-        if not kept:
-            raise SampleError(key, "no caption is left after cleaning")
-        image = load_rgb(raw.image) if decode else None
+        found = usable(pool.read(info, index), max_words, decode)
     except SampleError as error:
-        key, reason = error.key, error.reason
+        found = error
+    if isinstance(found, Usable):
+        return found
+    return _skipped(source, info, found.key, found.reason)
+
+
+def usable(raw: RawSample, max_words: int, decode: bool) -> Usable | SampleError:
+    """Clean a sample's captions and decode its image if `decode`, or say why it cannot be used."""
+    cleaned = [clean_caption(caption, max_words) for caption in raw.meta["captions"]]
+    kept = [n for n, caption in enumerate(cleaned) if caption]
+    if not kept:
+        return SampleError(raw.key, "no caption is left after cleaning")
+    try:
+        image = load_rgb(raw.image) if decode else None
     except BadImage as error:
-        reason = str(error)
-    else:
-        captions = [cleaned[n] for n in kept]
-        weights = raw.meta.get("caption_weights")
-        weights = [] if weights is None else [weights[n] for n in kept]
-        return _Usable(key, image, captions, weights, raw.meta.get("image_id"))
-    return {"shard": f"{source.name}/{source.shards[shard].name}", "key": key, "reason": reason}
+        return SampleError(raw.key, str(error))
+    captions = [cleaned[n] for n in kept]
+    weights = raw.meta.get("caption_weights")
+    weights = [] if weights is None else [weights[n] for n in kept]
+    return Usable(raw.key, image, captions, weights, raw.meta.get("image_id"))

@@ -91,6 +91,47 @@ def key_and_extension(member: tarfile.TarInfo) -> tuple[str, str | None]:
     return folder + slash + stem, extension
 
 
+def tar_samples(file: BinaryIO) -> Iterator[RawSample | SampleError]:
+    """Yield the samples of an uncompressed tar in their order, the bad ones as what is wrong.
+
+    Args:
+        file: the tar, a real file: its members are read where they lie.
+
+    Raises:
+        Exception: the tar is damaged or cut, see `tar_members`; after the samples before that.
+    """
+    key, contents = "", dict[str, bytes]()
+    for member, _ in tar_members(file):
+        name, extension = key_and_extension(member)
+        if extension is None:
+            continue
+        if name != key:
+            if contents:
+                yield _sample_or_error(key, contents)
+            key, contents = name, {}
+        elif extension in contents:
+            extension += "+"  # two of them: the sample is refused below
+        # One byte more than is allowed is enough to refuse it.
+        length = min(member.size, _limit(extension) + 1)
+        contents[extension] = os.pread(file.fileno(), length, member.offset_data)
+    if contents:
+        yield _sample_or_error(key, contents)
+
+
+def _sample_or_error(key: str, contents: Mapping[str, bytes]) -> RawSample | SampleError:
+    for extension in contents:
+        if extension.endswith("+"):
+            return SampleError(key, f"two {extension.rstrip('+')} members")
+    try:
+        return raw_sample(key, contents)
+    except SampleError as error:
+        return error
+
+
+def _limit(extension: str) -> int:
+    return MAX_IMAGE_BYTES if extension in IMAGE_EXTENSIONS else MAX_TEXT_BYTES
+
+
 def raw_sample(key: str, contents: Mapping[str, bytes]) -> RawSample:
     """Put a sample together from its members.
 
@@ -105,8 +146,7 @@ def raw_sample(key: str, contents: Mapping[str, bytes]) -> RawSample:
         SampleError: no image, no caption, or a member that cannot be used.
     """
     for extension in contents:
-        limit = MAX_IMAGE_BYTES if extension in IMAGE_EXTENSIONS else MAX_TEXT_BYTES
-        if len(contents[extension]) > limit:
+        if len(contents[extension]) > _limit(extension):
             raise SampleError(key, f"oversized: {extension} member")
     image = next((contents[name] for name in IMAGE_EXTENSIONS if name in contents), None)
     if not image:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from blip2_train.data.batch import EvalSample, tokenise
-from blip2_train.data.stream import EvalStream, open_source
+from blip2_train.data.source import open_source
+from blip2_train.data.stream import EvalStream
 from blip2_train.data.synthetic import World, unseen_pairs
 from blip2_train.data.transforms import EvalTransform
 from blip2_train.demo.plan import SIZE, WITHOUT

@@ -1,39 +1,121 @@
 """From `data.*` of the configuration to the batches of a training and its validation."""
 
 import dataclasses
+import logging
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from torch.utils.data import DataLoader
 
-from blip2_train.config import BatchPlan
-from blip2_train.data.stream import EvalStream, Source, TrainStream, open_source
+from blip2_train.config import BatchPlan, Launch
+from blip2_train.data.pool import GIGABYTE, Reading
+from blip2_train.data.remote import Cache, default_cache_dir
+from blip2_train.data.resampled import ResampledStream
+from blip2_train.data.source import Source, open_source, open_unindexed
+from blip2_train.data.stream import EvalStream, TrainStream
 from blip2_train.data.transforms import EvalTransform, TrainTransform
 from blip2_train.distributed import World
+from blip2_train.errors import UserError
+
+log = logging.getLogger(__name__)
 
 
 def open_sources(settings: Mapping[str, Any]) -> list[Source]:
     """The training sources; a weight of null is the source's number of samples.
 
+    Args:
+        settings: `data` of the configuration.
+
     Raises:
-        UserError: one of them is not there.
+        UserError: one of them is not there, or cannot be read as configured.
     """
+    if settings["mode"] == "stream":
+        log.warning(
+            "data.mode=stream: shards are drawn with replacement, and what a step sees depends on "
+            "devices and workers; a resumed run does not go on with the same samples"
+        )
+        return [
+            open_unindexed(
+                name, source["shards"], source["weight"] or 1.0, allow_pipe=settings["allow_pipe"]
+            )
+            for name, source in settings["sources"].items()
+        ]
     sources = []
     for name, source in settings["sources"].items():
         weight = source["weight"]
-        opened = open_source(name, source["shards"], source["split"], 1.0)
-        if weight is None:
-            weight = sum(info.samples for info in opened.shards)
-        sources.append(dataclasses.replace(opened, weight=weight))
+        opened = open_source(
+            name,
+            source["shards"],
+            source["split"],
+            bad_shards=settings["on_bad_shard"] == "skip",
+            retry_seconds=settings["retry_seconds"],
+        )
+        sources.append(
+            dataclasses.replace(opened, weight=opened.samples if weight is None else weight)
+        )
+    _check_cache(settings, sources)
     return sources
+
+
+def _check_cache(settings: Mapping[str, Any], sources: list[Source]) -> None:
+    """Refuse a cache that cannot hold what is read at a time and what is fetched ahead."""
+    largest = [max(shard.bytes for shard in source.shards) for source in sources if source.remote]
+    if not largest:
+        return
+    reading(settings).cache.prepare()
+    # Up to two windows of at most 2 * shuffle_window - 1 shards.
+    needed = 4 * settings["shuffle_window"] * sum(largest) / GIGABYTE
+    if needed > settings["cache_gb"]:
+        raise UserError(
+            f"data.cache_gb={settings['cache_gb']:g} cannot hold the shards that are read at a "
+            f"time, {needed:.1f} GB; raise it or lower data.shuffle_window"
+        )
+
+
+def reading(settings: Mapping[str, Any]) -> Reading:
+    """How shards are read.
+
+    Args:
+        settings: `data` of the configuration.
+    """
+    folder = settings["cache_dir"]
+    return Reading(
+        Cache(
+            Path(folder) if folder is not None else default_cache_dir(),
+            int(settings["cache_gb"] * GIGABYTE),
+        ),
+        settings["retry_seconds"],
+        settings["on_bad_shard"],
+    )
 
 
 def open_validation(cfg: Mapping[str, Any]) -> Source | None:
     """The validation split, or None where validation is off."""
     if cfg["validation"]["every"] is None:
         return None
-    settings = cfg["data"]["validation"]
-    return open_source("validation", settings["shards"], settings["split"])
+    settings, data = cfg["data"]["validation"], cfg["data"]
+    return open_source(
+        "validation",
+        settings["shards"],
+        settings["split"],
+        bad_shards=data["on_bad_shard"] == "skip",
+        retry_seconds=data["retry_seconds"],
+    )
+
+
+def check_locality(locality: int, launch: Launch) -> None:
+    """Refuse parts of the order that do not lie evenly on the machines.
+
+    Raises:
+        UserError: the machines do not divide `data.locality` (1 is one part for all).
+    """
+    nodes = launch.world_size // launch.local_world_size
+    if locality > 1 and locality % nodes:
+        raise UserError(
+            f"data.locality={locality} is not divisible by {nodes} machines; it cannot change in a "
+            "run, so choose a multiple of all numbers of machines that it may run on"
+        )
 
 
 def train_stream(
@@ -68,7 +150,8 @@ def train_stream(
         )
         for name, source in data["sources"].items()
     }
-    return TrainStream(
+    kind = ResampledStream if data["mode"] == "stream" else TrainStream
+    return kind(
         sources,
         transforms,
         collate,
@@ -78,9 +161,11 @@ def train_stream(
         rank=world.rank,
         world=world.size,
         drawn=drawn,
+        locality=data["locality"],
         caption=data["caption"],
         max_words=data["max_words"],
         prompt=data["prompt"],
+        reading=reading(data),
     )
 
 
@@ -104,4 +189,5 @@ def validation_images(cfg: Mapping[str, Any], source: Source, image_size: int | 
         max_images=cfg["validation"]["max_images"],
         max_words=cfg["data"]["max_words"],
         prompt=cfg["data"]["prompt"],
+        reading=reading(cfg["data"]),
     )

@@ -30,6 +30,7 @@ from blip2_train.training.devices import (
     use_cuda,
 )
 from blip2_train.training.feeding import (
+    check_locality,
     open_sources,
     open_validation,
     train_loader,
@@ -94,6 +95,8 @@ def fit(cfg: Mapping[str, Any], launch: Launch) -> Path:
         cuda=cuda,
     )
     batch = plan_batch(cfg["batch"]["size"], cfg["batch"]["accumulate"], world.size)
+
+    check_locality(cfg["data"]["locality"], launch)
 
     # 2. where the run stands
     stage = STAGES[cfg["stage"]](cfg)

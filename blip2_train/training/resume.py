@@ -1,6 +1,5 @@
 """Where a run goes on: which checkpoint, and whether it is still the same run."""
 
-import hashlib
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +10,7 @@ import yaml
 from blip2_train.checkpoint import io
 from blip2_train.config import flatten
 from blip2_train.data.language import tokenizer_digest
-from blip2_train.data.stream import Source
+from blip2_train.data.source import Source
 from blip2_train.errors import UserError
 from blip2_train.training.checkpointing import RunState
 
@@ -36,6 +35,11 @@ RESUME_FREE = (
     "data.root",
     "data.num_workers",
     "data.max_skip_fraction",
+    "data.on_bad_shard",
+    "data.allow_pipe",
+    "data.cache_dir",
+    "data.cache_gb",
+    "data.retry_seconds",
     # places, whose content the checkpoint identifies by a digest
     "vision.weights",
     "text.tokenizer",
@@ -179,15 +183,7 @@ def new_state(
         origin=origin,
         world_size=world_size,
         frozen={name: {"digest": tokenizer_digest(t)} for name, t in tokenizers.items()},
-        data={
-            source.name: {
-                "samples": sum(info.samples for info in source.shards),
-                "digest": hashlib.sha256(
-                    "".join(f"{info.name}{info.sha256}" for info in source.shards).encode()
-                ).hexdigest(),
-            }
-            for source in sources
-        },
+        data={source.name: source.identity() for source in sources},
     )
 
 

@@ -38,7 +38,8 @@ from blip2_train.data.language_batch import (
     collate_seq2seq,
 )
 from blip2_train.data.shards import write_index, write_shard
-from blip2_train.data.stream import EvalStream, TrainStream, open_source
+from blip2_train.data.source import open_source
+from blip2_train.data.stream import EvalStream, TrainStream
 from blip2_train.data.tokenizer import train_tokenizer
 from blip2_train.errors import UserError
 

@@ -10,6 +10,8 @@
 - without transforms no image is decoded
 - unusable samples are replaced by the next usable one in stored order, everywhere alike, and named
 - I/O errors are retried, then stop the run; they never replace a sample
+- with `on_bad_shard="skip"` samples of the next shard stand in for those of a bad one
+- with `locality` all of this holds too, and each part has samples of its own
 - evaluation gives every image with all its captions in stored order
 """
 
@@ -28,10 +30,13 @@ from PIL import Image
 from ranks import LAYOUTS
 from torch.utils.data import DataLoader
 
+from blip2_train.data import retries
 from blip2_train.data import stream as stream_module
 from blip2_train.data.batch import EvalSample, collate, collate_eval, sample_id
+from blip2_train.data.pool import Reading, ShardPool
 from blip2_train.data.shards import ShardError, ShardReader, write_index, write_shard
-from blip2_train.data.stream import EvalStream, ShardPool, TrainStream, open_source
+from blip2_train.data.source import open_source
+from blip2_train.data.stream import EvalStream, TrainStream
 from blip2_train.data.text import load_text_tokenizer
 from blip2_train.data.transforms import EvalTransform, TrainTransform
 from blip2_train.errors import UserError
@@ -121,7 +126,7 @@ def make(sources, tokenizer):
             "contrastive_batch": C,
             "seed": 5,
             "shuffle_window": 2,
-            "max_open_shards": 2,
+            "reading": Reading(max_open_shards=2),
         }
         return TrainStream(**(arguments | changes))
 
@@ -511,35 +516,39 @@ class Flaky:
 
         monkeypatch.setattr(ShardReader, "read", flaky_read)
         monkeypatch.setattr(ShardReader, "close", counted_close)
-        monkeypatch.setattr(stream_module.time, "sleep", self.pauses.append)
+        monkeypatch.setattr(retries.time, "sleep", self.pauses.append)
 
 
 def test_an_io_error_is_retried_with_a_fresh_file(make, expected, monkeypatch, caplog):
     flaky = Flaky(monkeypatch, failures=3)
     with caplog.at_level(logging.WARNING):
-        batch = next(iter(make(max_open_shards=99)))
+        batch = next(iter(make(reading=Reading(max_open_shards=99))))
     assert rows(batch) == expected[0]
-    assert flaky.pauses == list(stream_module.RETRY_SECONDS)
-    assert flaky.pauses == sorted(set(flaky.pauses)) and len(flaky.pauses) == 3
+    assert len(flaky.pauses) == 3
     assert flaky.closed == 3
     assert "Stale file handle" in caplog.text
 
 
 def test_an_io_error_that_stays_stops_the_run(make, monkeypatch):
-    flaky = Flaky(monkeypatch, failures=4)
+    flaky = Flaky(monkeypatch, failures=10_000)
     with pytest.raises(OSError, match="Stale file handle"):
-        next(iter(make()))
-    assert flaky.left == 0
+        next(iter(make(reading=Reading(retry_seconds=60))))
+    assert 30 <= sum(flaky.pauses) <= 90  # half as many or more, by chance
+
+
+def test_pauses_double_up_to_a_bound_and_last_as_long_as_asked():
+    assert list(retries.pauses(100)) == [1, 2, 4, 8, 16, 30, 30, 9]
+    assert list(retries.pauses(0)) == []
 
 
 def test_few_shards_are_open_at_a_time(sources, monkeypatch):
-    pool, open_now, closed = ShardPool(max_open=2), [], []
+    pool, open_now, closed = ShardPool(Reading(max_open_shards=2)), [], []
     close = ShardReader.close
     monkeypatch.setattr(
         ShardReader, "close", lambda reader: (closed.append(reader.info.name), close(reader))
     )
     for shard in (0, 1, 0, 2, 0, 1):
-        pool.read(sources[0], shard, 0)
+        pool.read(sources[0].shards[shard], 0)
         open_now.append(len(pool._readers))
     assert max(open_now) == 2
     # The one used longest ago goes: 1 for 2, then 2 for 1.
@@ -553,6 +562,66 @@ def test_a_stream_opens_nothing_before_it_is_iterated_and_pickles(make, expected
     assert rows(next(iter(copy))) == expected[0]
 
 
+# Shards that cannot be read, and parts of the order.
+
+
+def test_a_bad_shard_may_be_skipped(folder, make):
+    sizes = [5, 4, 6]
+    write_source(folder / "holes", "train", sizes)
+    source = open_source("holes", folder / "holes", "train")
+    whole = [row for batch in batches(make(sources=[source]), 5) for row in rows(batch)]
+    (folder / "holes" / "train-000001.tar").unlink()
+    with pytest.raises(UserError, match=r"train-000001\.tar is missing"):
+        open_source("holes", folder / "holes", "train")
+    source = open_source("holes", folder / "holes", "train", bad_shards=True)
+    with pytest.raises(ShardError, match=r"train-000001\.tar does not exist"):
+        batches(make(sources=[source]), 5)
+
+    reading = Reading(on_bad_shard="skip")
+    found = batches(make(sources=[source], reading=reading), 5)
+    rest = [row for batch in found for row in rows(batch)]
+    skips = [skip for batch in found for skip in batch["skipped"]]
+    lost = [n for n, row in enumerate(whole) if "/train-000001.tar/" in row[0]]
+    assert lost and len(skips) == len(lost)
+    assert {skip["shard"] for skip in skips} == {"holes/train-000001.tar"}
+    assert all("does not exist" in skip["reason"] for skip in skips)
+    for n, (before, after) in enumerate(zip(whole, rest, strict=True)):
+        if n not in lost:
+            assert before == after, "the order of the others changed"
+            continue
+        # the sample of the same number, of the next shard
+        number = int(before[0][-3:]) - sizes[0]
+        assert after[0].endswith(f"train-000002.tar/k{sum(sizes[:2]) + number:03d}")
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 6])
+@pytest.mark.parametrize("locality", [2, 3, 6])
+def test_with_parts_too_ranks_and_workers_do_not_change_what_is_seen(make, locality, world):
+    expected = global_batches(make, 6, world=1, workers=0, locality=locality)
+    assert global_batches(make, 6, world, world % 3, locality=locality) == expected
+    drawn = make(locality=locality).drawn_after(2)
+    assert sum(drawn.values()) == 2 * C
+    again = global_batches(make, 4, world, 0, locality=locality, drawn=drawn)
+    assert again == expected[2:]
+    longer = make(locality=locality, drawn=drawn, contrastive_batch=2 * C)
+    counts = longer.drawn_after(2)
+    assert counts == make(locality=locality).drawn_after(6)
+
+
+def test_a_part_goes_through_its_own_samples_alone(folder, make):
+    write_source(folder / "parted", "train", [5, 4, 3, 4, 6, 2])
+    source = open_source("parted", folder / "parted", "train")
+    found = global_batches(make, 12, 1, 0, sources=[source], locality=3)
+    seen = []
+    for part in range(3):
+        keys = [row[0] for batch in found for row in batch[4 * part : 4 * part + 4]]
+        assert len(keys) == 48 and len(set(keys)) == 8
+        for epoch in range(6):
+            assert len(set(keys[8 * epoch : 8 * epoch + 8])) == 8
+        seen += sorted(set(keys))
+    assert len(set(seen)) == 24, "the parts overlap"
+
+
 # What the user can get wrong.
 
 
@@ -562,6 +631,8 @@ def test_a_stream_opens_nothing_before_it_is_iterated_and_pickles(make, expected
         ({"contrastive_batch": 10, "world": 3}, r"10 samples .* multiple of 3"),
         ({"contrastive_batch": 0}, "0 samples"),
         ({"caption": "best"}, "data.caption='best'"),
+        ({"locality": 5}, r"12 is not divisible by data.locality=5"),
+        ({"locality": 12, "contrastive_batch": 24}, r"10 samples .* data.locality=12"),
         ({"drawn": {"one": 3, "gone": 4}}, "drawn from gone"),
     ],
 )
