@@ -303,9 +303,9 @@ def validate(cfg: Mapping[str, Any], world_size: int = 1) -> None:
             f"init={_at(cfg, 'init')} and init_from={_at(cfg, 'init_from')} exclude each other",
         )
     need(bool(_at(cfg, "data.sources")), "data.sources is empty; name at least one source")
-    weights: dict[str, Any] = {}
+    shares: dict[str, Any] = {}
     for name, source in (_at(cfg, "data.sources") or {}).items():
-        weights[name] = weight = (source or {}).get("weight")
+        shares[name] = weight = (source or {}).get("weight")
         need(
             weight is None or (_is_number(weight) and 0 < weight < math.inf),
             f"data.sources.{name}.weight={weight} must be a number above 0, or null",
@@ -315,8 +315,8 @@ def validate(cfg: Mapping[str, Any], world_size: int = 1) -> None:
         need(not missing, f"data.sources.{name} has no {', '.join(missing)}")
         need(not unknown, f"data.sources.{name} has unknown keys: {', '.join(unknown)}")
     need(
-        len({weight is None for weight in weights.values()}) < 2,
-        f"data.sources.*.weight are {weights}: null is a number of samples, which does not compare "
+        len({weight is None for weight in shares.values()}) < 2,
+        f"data.sources.*.weight are {shares}: null is a number of samples, which does not compare "
         "with shares; give all of them or none",
     )
     if _at(cfg, "stage") == "clip" and _is_number(temp := _at(cfg, "model.temp")):
