@@ -115,13 +115,10 @@ def alone(shards: Path, runs: Path) -> Path:
     return train(shards, runs, 1, "64-true")
 
 
-def test_three_processes_train_as_one_does(shards: Path, runs: Path, alone: Path) -> None:
-    assert_same_in_double(train(shards, runs, 3, "64-true"), alone)
-
-
-def test_killed_on_three_processes_and_continued_on_two(
+def test_three_processes_killed_and_two_that_go_on_train_as_one_does(
     shards: Path, runs: Path, alone: Path
 ) -> None:
+    """So three processes do, up to the checkpoint, and two after it."""
     assert_same_in_double(killed(shards, runs, "64-true", 2), alone)
 
 
