@@ -41,6 +41,7 @@ __all__ = [
     "ShardInfo",
     "ShardReader",
     "file_sha256",
+    "is_plain_name",
     "offsets_path",
     "read_index",
     "scan_tar",
@@ -81,6 +82,8 @@ def read_index(folder: Path) -> dict[str, ShardInfo]:
         UserError: there is no index, or it is not one.
     """
     path = Path(folder) / INDEX_NAME
+    if path.exists() and not path.is_file():  # opening a FIFO would wait for ever
+        raise UserError(f"{path} is not a regular file")
     try:
         table = json.loads(path.read_bytes())
     except FileNotFoundError:
@@ -107,14 +110,18 @@ def write_index(folder: Path, shards: Iterable[ShardInfo]) -> None:
 def _shard_info(path: Path, name: str, entry: Any) -> ShardInfo:
     """Check one index entry: an index may come from a stranger, names must stay in the folder."""
     fields: dict[str, type] = {"split": str, "samples": int, "bytes": int, "sha256": str}
-    if Path(name).name != name or name in ("", ".", ".."):
-        raise UserError(f"{path}: {name!r} is not a plain file name")
+    if not is_plain_name(name):
+        raise UserError(f"{path}: {name[:300]!r} is not a plain file name")
     if not isinstance(entry, Mapping):
         raise UserError(f"{path}: the entry of {name!r} must be an object with {', '.join(fields)}")
     for field, kind in fields.items():
         value = entry.get(field)
         if type(value) is not kind or (isinstance(value, int) and value < 0):
             raise UserError(f"{path}: {field!r} of {name!r} is {value!r}, not a {kind.__name__}")
+    if entry["samples"] > entry["bytes"] // tarfile.BLOCKSIZE:  # memory would go by this number
+        raise UserError(
+            f"{path}: {name!r} cannot have {entry['samples']} samples in {entry['bytes']} bytes"
+        )
     return ShardInfo(name, **{field: entry[field] for field in fields})
 
 
@@ -124,6 +131,12 @@ def _shard_info(path: Path, name: str, entry: Any) -> ShardInfo:
 def offsets_path(path: Path) -> Path:
     """Where the offsets of the shard at `path` are."""
     return path.with_name(path.name + ".offsets.npy")
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether a name stays in its folder, and on its line of a message."""
+    good = Path(name).name == name and name not in ("", ".", "..")
+    return good and len(name) < 256 and not re.search(r"[\x00-\x1f\x7f]", name)
 
 
 def split_of(name: str) -> str | None:
@@ -166,7 +179,7 @@ def scan_tar(path: Path) -> np.ndarray:
                 previous = key
     except FileNotFoundError:
         raise ShardError(f"{path} does not exist") from None
-    except Exception as error:  # see tar_members
+    except (OSError, tarfile.TarError) as error:
         raise ShardError(f"{path} is not a whole, uncompressed tar file: {error}") from error
     return np.asarray(spans, dtype=np.int64).reshape(-1, 2)
 
@@ -286,7 +299,7 @@ class ShardReader:
                 contents[extension] = blob[member.offset_data : member.offset_data + member.size]
         except SampleError:
             raise
-        except Exception as error:  # see tar_members
+        except tarfile.TarError as error:
             raise ShardError(f"{self.path}: bad tar header in sample {i}: {error}") from error
         if len(keys) != 1:
             raise ShardError(f"{self.path}: the offsets of sample {i} do not fit its members")
@@ -300,16 +313,13 @@ class ShardReader:
     def _open(self) -> tuple[BinaryIO, np.ndarray]:
         remedy = f"run `blip2-prepare verify {self.path.parent}`"
         try:
-            offsets = np.load(offsets_path(self.path), allow_pickle=False)
+            offsets = _read_offsets(offsets_path(self.path), self.info.samples)
         except FileNotFoundError:
             raise ShardError(f"{offsets_path(self.path)} does not exist; {remedy}") from None
-        except (ValueError, EOFError) as error:
+        except OSError:
+            raise
+        except Exception as error:  # numpy's reader of headers raises almost anything
             raise ShardError(f"{offsets_path(self.path)} is damaged: {error}; {remedy}") from None
-        if offsets.dtype != np.int64 or offsets.shape != (self.info.samples, 2):
-            raise ShardError(
-                f"{offsets_path(self.path)} is {offsets.dtype} {offsets.shape}, not int64 "
-                f"{(self.info.samples, 2)} as the index says; {remedy}"
-            )
         bounds = offsets.reshape(-1)
         if len(bounds) and (bounds[0] < 0 or bounds[-1] > self.info.bytes or _decreases(bounds)):
             raise ShardError(f"{offsets_path(self.path)} holds impossible offsets; {remedy}")
@@ -324,6 +334,26 @@ class ShardReader:
                 f"{self.path} has {size} bytes, the index says {self.info.bytes}; {remedy}"
             )
         return file, offsets
+
+
+def _read_offsets(path: Path, samples: int) -> np.ndarray:
+    """Read what `write_offsets` wrote and nothing else.
+
+    `numpy.load` would open a zip archive as well, and allocate whatever a header says.
+
+    Raises:
+        ValueError: it is not of int64 [samples, 2]; other errors where it is no such file at all.
+    """
+    with path.open("rb") as file:
+        if np.lib.format.read_magic(file) != (1, 0):
+            raise ValueError("another version of the format")
+        shape, by_columns, dtype = np.lib.format.read_array_header_1_0(file)
+        if dtype != np.int64 or shape != (samples, 2) or by_columns:
+            raise ValueError(f"{dtype} {shape}, not int64 {(samples, 2)} as the index says")
+        data = file.read(samples * 16 + 1)
+    if len(data) != samples * 16:
+        raise ValueError("not of the length that its header says")
+    return np.frombuffer(data, dtype=np.int64).reshape(samples, 2)
 
 
 def _decreases(values: np.ndarray) -> bool:

@@ -109,7 +109,7 @@ def _check_files(setting: str, folder: Path, shards: Sequence[ShardInfo]) -> Non
         else:
             continue
         raise UserError(
-            f"{setting}: {info.name} {found}. Prepare the folder again; blip2-prepare verify "
+            f"{setting}: {info.name!r} {found}. Prepare the folder again; blip2-prepare verify "
             "checks all of it."
         )
 
