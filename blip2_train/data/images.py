@@ -10,6 +10,8 @@ import io
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from blip2_train.data.parts import has_too_many_parts
+
 # An allow-list: other PIL plugins run programs (EPS) or are not meant for photographs.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 MAX_PIXELS = 100_000_000
@@ -105,6 +107,8 @@ def encode_jpeg(image: Image.Image, quality: int, *, subsampling: str = "4:2:0")
 def _decode(data: bytes, max_pixels: int) -> Image.Image:
     """Open and load the first frame, as stored."""
     _check_pixels(_webp_size(data), max_pixels)
+    if has_too_many_parts(data):
+        raise BadImage("undecodable: it has too many parts")
     image = Image.open(io.BytesIO(data), formats=FORMATS)
     _check_pixels(image.size, max_pixels)
     image.load()
