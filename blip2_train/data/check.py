@@ -18,6 +18,7 @@ from blip2_train.data.shards import (
     ShardInfo,
     ShardReader,
     file_sha256,
+    is_plain_name,
     offsets_path,
     read_index,
     scan_tar,
@@ -114,6 +115,10 @@ def _in_processes(
 
 def _index_one(path: Path, split: str) -> ShardInfo | str:
     """What the index says of a tar, or why it cannot be read; its offsets are beside it then."""
+    if not path.is_file():  # opening a FIFO would wait for ever
+        return f"{path} is not a regular file"
+    if not is_plain_name(path.name):
+        return f"{str(path)!r} is not a plain file name"
     stat = path.stat()
     entry = path.parent / STATE_FOLDER / f"{path.name}.json"
     state = {"bytes": stat.st_size, "changed_ns": stat.st_mtime_ns}
@@ -133,7 +138,7 @@ def _known(entry: Path, state: dict[str, int]) -> dict[str, Any] | None:
     """What an earlier run found out, None if there is nothing or the tar is in another state."""
     try:
         known = json.loads(entry.read_bytes())
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, ValueError, RecursionError):
         return None
     complete = isinstance(known, dict) and known.keys() == {*state, "samples", "sha256"}
     return known if complete and known.items() >= state.items() else None
@@ -142,6 +147,8 @@ def _known(entry: Path, state: dict[str, int]) -> dict[str, Any] | None:
 def _verify_one(folder: Path, info: ShardInfo) -> str | None:
     """What is wrong with a shard, if anything."""
     path = folder / info.name
+    if path.exists() and not path.is_file():
+        return f"{path} is not a regular file"
     reader = ShardReader(path, info)
     try:
         if file_sha256(path) != info.sha256:

@@ -10,12 +10,15 @@ import io
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from blip2_train.data.parts import has_too_many_parts
+
 # An allow-list: other PIL plugins run programs (EPS) or are not meant for photographs.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 MAX_PIXELS = 100_000_000
 MAX_JPEG_SIDE = 65_500  # what libjpeg writes
 
 _ORIENTATION_TAG = 0x0112
+_TILE_WIDTH, _TILE_LENGTH = 322, 323
 _UPRIGHT = {  # EXIF orientation -> what to do about it
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -105,8 +108,13 @@ def encode_jpeg(image: Image.Image, quality: int, *, subsampling: str = "4:2:0")
 def _decode(data: bytes, max_pixels: int) -> Image.Image:
     """Open and load the first frame, as stored."""
     _check_pixels(_webp_size(data), max_pixels)
+    if has_too_many_parts(data):
+        raise BadImage("undecodable: it has too many parts")
     image = Image.open(io.BytesIO(data), formats=FORMATS)
     _check_pixels(image.size, max_pixels)
+    if image.format == "TIFF":  # of a picture of any size, a whole tile is decoded
+        tags = image.tag_v2  # type: ignore[attr-defined]
+        _check_pixels((tags.get(_TILE_WIDTH, 0), tags.get(_TILE_LENGTH, 0)), max_pixels)
     image.load()
     return image
 

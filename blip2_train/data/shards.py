@@ -42,6 +42,7 @@ __all__ = [
     "ShardInfo",
     "ShardReader",
     "file_sha256",
+    "is_plain_name",
     "offsets_path",
     "parse_index",
     "read_index",
@@ -83,6 +84,8 @@ def read_index(folder: Path) -> dict[str, ShardInfo]:
         UserError: there is no index, or it is not one.
     """
     path = Path(folder) / INDEX_NAME
+    if path.exists() and not path.is_file():  # opening a FIFO would wait for ever
+        raise UserError(f"{path} is not a regular file")
     try:
         data = path.read_bytes()
     except FileNotFoundError:
@@ -126,8 +129,8 @@ def write_index(folder: Path, shards: Iterable[ShardInfo]) -> None:
 def _shard_info(where: str, name: str, entry: Any) -> ShardInfo:
     """Check one index entry: an index may come from a stranger, names must stay in the folder."""
     fields: dict[str, type] = {"split": str, "samples": int, "bytes": int, "sha256": str}
-    if Path(name).name != name or name in ("", ".", ".."):
-        raise UserError(f"{where}: {name!r} is not a plain file name")
+    if not is_plain_name(name):
+        raise UserError(f"{where}: {name[:300]!r} is not a plain file name")
     if not isinstance(entry, Mapping):
         raise UserError(
             f"{where}: the entry of {name!r} must be an object with {', '.join(fields)}"
@@ -136,6 +139,10 @@ def _shard_info(where: str, name: str, entry: Any) -> ShardInfo:
         value = entry.get(field)
         if type(value) is not kind or (isinstance(value, int) and value < 0):
             raise UserError(f"{where}: {field!r} of {name!r} is {value!r}, not a {kind.__name__}")
+    if entry["samples"] > entry["bytes"] // tarfile.BLOCKSIZE:  # memory would go by this number
+        raise UserError(
+            f"{where}: {name!r} cannot have {entry['samples']} samples in {entry['bytes']} bytes"
+        )
     return ShardInfo(name, **{field: entry[field] for field in fields})
 
 
@@ -153,6 +160,12 @@ def offsets_bytes(samples: int) -> int:
 def offsets_path(path: Path) -> Path:
     """Where the offsets of the shard at `path` are."""
     return path.with_name(path.name + OFFSETS_SUFFIX)
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether a name stays in its folder, and on its line of a message."""
+    good = Path(name).name == name and name not in ("", ".", "..")
+    return good and len(name) < 256 and not re.search(r"[\x00-\x1f\x7f]", name)
 
 
 def split_of(name: str) -> str | None:
@@ -195,7 +208,7 @@ def scan_tar(path: Path) -> np.ndarray:
                 previous = key
     except FileNotFoundError:
         raise ShardError(f"{path} does not exist") from None
-    except Exception as error:  # see tar_members
+    except (OSError, tarfile.TarError) as error:
         raise ShardError(f"{path} is not a whole, uncompressed tar file: {error}") from error
     return np.asarray(spans, dtype=np.int64).reshape(-1, 2)
 
@@ -323,7 +336,7 @@ class ShardReader:
                 contents[extension] = blob[member.offset_data : member.offset_data + member.size]
         except SampleError:
             raise
-        except Exception as error:  # see tar_members
+        except tarfile.TarError as error:
             raise ShardError(f"{self.location}: bad tar header in sample {i}: {error}") from error
         if len(keys) != 1:
             raise ShardError(f"{self.location}: the offsets of sample {i} do not fit its members")
@@ -339,16 +352,11 @@ class ShardReader:
         name = self.location + OFFSETS_SUFFIX
         length = offsets_bytes(self.info.samples)
         with self._open_file(OFFSETS_SUFFIX, length) as opened:
-            content = io.BytesIO(opened.read(length))  # never more, whatever it claims
+            content = io.BytesIO(opened.read(length + 1))  # never more, whatever it claims
         try:
-            offsets = np.load(content, allow_pickle=False)
-        except Exception as error:  # of a damaged header, almost any
+            offsets = _read_offsets(content, self.info.samples)
+        except Exception as error:  # numpy's reader of headers raises almost anything
             raise ShardError(f"{name} is damaged: {error}; {remedy}") from None
-        if offsets.dtype != np.int64 or offsets.shape != (self.info.samples, 2):
-            raise ShardError(
-                f"{name} is {offsets.dtype} {offsets.shape}, not int64 "
-                f"{(self.info.samples, 2)} as the index says; {remedy}"
-            )
         bounds = offsets.reshape(-1)
         if len(bounds) and (bounds[0] < 0 or bounds[-1] > self.info.bytes or _decreases(bounds)):
             raise ShardError(f"{name} holds impossible offsets; {remedy}")
@@ -366,9 +374,30 @@ class ShardReader:
         try:
             if self._cache is not None:
                 return self._cache.open(location, self.info.sha256, size)
+            if os.path.exists(location) and not os.path.isfile(location):  # a FIFO would wait
+                raise ShardError(f"{location} is not a regular file")
             return Path(location).open("rb", buffering=0)
         except (FileNotFoundError, MissingFile):
             raise ShardError(f"{location} does not exist, but the index lists it") from None
+
+
+def _read_offsets(file: BinaryIO, samples: int) -> np.ndarray:
+    """Read what `write_offsets` wrote and nothing else.
+
+    `numpy.load` would open a zip archive as well, and allocate whatever a header says.
+
+    Raises:
+        ValueError: it is not of int64 [samples, 2]; other errors where it is no such file at all.
+    """
+    if np.lib.format.read_magic(file) != (1, 0):
+        raise ValueError("another version of the format")
+    shape, by_columns, dtype = np.lib.format.read_array_header_1_0(file)
+    if dtype != np.int64 or shape != (samples, 2) or by_columns:
+        raise ValueError(f"{dtype} {shape}, not int64 {(samples, 2)} as the index says")
+    data = file.read(samples * 16 + 1)
+    if len(data) != samples * 16:
+        raise ValueError("not of the length that its header says")
+    return np.frombuffer(data, dtype=np.int64).reshape(samples, 2)
 
 
 def _decreases(values: np.ndarray) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tarfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -20,6 +21,20 @@ MAX_TEXT_BYTES = 4 * 2**20
 MAX_WEIGHT = 1e30  # of a caption: keeps sums finite
 # One read per sample is only safe if it is bounded; the slack is for headers and ignored members.
 MAX_SAMPLE_BYTES = MAX_IMAGE_BYTES + 2 * MAX_TEXT_BYTES + 2**20
+MAX_HEADER_BYTES = 2**20  # of a header that holds a long name or other attributes
+MAX_PADDING = 2**20  # zeros at the end of a tar: 10 KiB as a rule, more on tapes
+MAX_CAPTIONS = 1000  # of one image
+
+# Members that say something about the next one, or, POSIX `g`, about all that follow.
+_EXTENDED = {
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+}
+_RENAMES = {"path", "size"}
+_SPARSE = {"GNU.sparse.map", "GNU.sparse.size", "GNU.sparse.major", "GNU.sparse.name"}
 
 
 class SampleError(ValueError):
@@ -48,31 +63,126 @@ class RawSample:
 def tar_members(file: BinaryIO, whole: bool = True) -> Iterator[tuple[tarfile.TarInfo, int]]:
     """Yield the members of an uncompressed tar with their past-the-end bytes.
 
-    tarfile takes a damaged header for the end of the archive, and a negative size sends it back to
-    where it was for ever. Both are errors here. Almost any exception may come out of a damaged
-    header, down to struct.error and RecursionError: callers catch `Exception`.
+    tarfile's own loop is not made for strangers: it takes a damaged header for the end of the
+    archive, turns in circles on a negative size, reads an extended header of any claimed size, and
+    needs hours for one made of digits. Here all of these are errors, and so is a header for all
+    members (POSIX `g`) that would rename or resize them: a single sample is read without it.
 
     Args:
         file: the tar.
-        whole: the tar must have its end marker; else it is a cut-out that ends with a member.
+        whole: the tar must have its end marker and nothing behind; else it is a cut-out that ends
+            with a member.
+
+    Raises:
+        tarfile.TarError: the tar is damaged, or cut.
     """
-    end = 0
     size = file.seek(0, os.SEEK_END)
-    file.seek(0)
-    with tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="replace") as tar:
-        for member in tar:
-            if member.offset < end or member.size < 0 or tar.offset < member.offset_data:
-                raise tarfile.ReadError(f"impossible header at byte {member.offset}")
-            end = tar.offset
-            if end > size:
-                raise tarfile.ReadError(f"{member.name} is cut off at the end of the file")
+    position = 0
+    while (found := _next_member(file, position)) is not None:
+        member, end = found
+        if end > size:
+            raise tarfile.ReadError(f"{member.name[:100]!r} is cut off at the end of the file")
+        if member.type != tarfile.XGLTYPE:
             yield member, end
-    file.seek(end)
-    rest = file.read(tarfile.BLOCKSIZE)
+        position = end
+    rest = size - position
+    if not whole and rest:
+        raise tarfile.ReadError(f"damaged header at byte {position}")
     if whole and not rest:
         raise tarfile.ReadError("the end marker is missing, its writing was interrupted")
-    if rest.strip(b"\0"):
-        raise tarfile.ReadError(f"damaged header at byte {end}")
+    if rest > MAX_PADDING or _read(file, position, rest).strip(b"\0"):
+        raise tarfile.ReadError(
+            f"there is more behind the end marker at byte {position}: joined tars, or a download "
+            "that was not finished"
+        )
+
+
+def _next_member(file: BinaryIO, start: int) -> tuple[tarfile.TarInfo, int] | None:
+    """Read the headers of the member at byte `start`.
+
+    Returns:
+        The member, `offset` and `offset_data` set, sparse ones with type GNUTYPE_SPARSE, and its
+        past-the-end byte; None where no member begins, at zeros or the end of the file.
+    """
+    position = start
+    records: dict[str, str] = {}
+    while True:
+        file.seek(position)
+        block = file.read(tarfile.BLOCKSIZE)
+        if position == start and not block.strip(b"\0"):
+            return None
+        try:
+            member = tarfile.TarInfo.frombuf(block, "utf-8", "backslashreplace")
+        except tarfile.HeaderError as error:
+            raise tarfile.ReadError(f"{error} at byte {position}") from None
+        position += tarfile.BLOCKSIZE
+        if member.size < 0:
+            raise tarfile.ReadError(f"negative size at byte {start}")
+        if member.type not in _EXTENDED:
+            break
+        if member.size > MAX_HEADER_BYTES:
+            raise tarfile.ReadError(f"extended header of {member.size} bytes at byte {start}")
+        content = _read(file, position, member.size)
+        position += _padded(member.size)
+        if member.type == tarfile.GNUTYPE_LONGNAME:
+            records["path"] = _text(content.partition(b"\0")[0])
+        elif member.type == tarfile.XGLTYPE:
+            if any(name in _RENAMES or name in _SPARSE for name in _pax_records(content)):
+                raise tarfile.ReadError(f"header at byte {start} renames or resizes all members")
+            if not records:  # it belongs to no member; a sample may be read without it
+                return member, position
+        elif member.type != tarfile.GNUTYPE_LONGLINK:
+            records |= _pax_records(content)
+    is_file = member.isreg() or member.type not in tarfile.SUPPORTED_TYPES  # else it has no content
+    if member.type == tarfile.GNUTYPE_SPARSE:
+        more = block[482]
+        while more:
+            block = _read(file, position, tarfile.BLOCKSIZE)
+            position += tarfile.BLOCKSIZE
+            more = block[504]
+    elif is_file and not _SPARSE.isdisjoint(records):
+        member.type = tarfile.GNUTYPE_SPARSE
+    member.offset, member.offset_data = start, position
+    member.name = records.get("path", member.name).rstrip("/")
+    if "size" in records:
+        if not re.fullmatch("[0-9]{1,30}", records["size"]):
+            raise tarfile.ReadError(f"{records['size'][:30]!r} is no size, at byte {start}")
+        member.size = int(records["size"])
+    return member, position + (_padded(member.size) if is_file else 0)
+
+
+def _pax_records(content: bytes) -> dict[str, str]:
+    """Read the records (length, keyword and value) of a POSIX extended header, in one pass."""
+    records: dict[str, str] = {}
+    position = 0
+    while position < len(content):
+        length = content[position : position + 20].partition(b" ")[0]
+        if not length.isdigit():
+            raise tarfile.ReadError("damaged extended header")
+        end = position + int(length)
+        keyword, equals, value = content[position + len(length) + 1 : end].partition(b"=")
+        if end > len(content) or not equals or not value.endswith(b"\n"):
+            raise tarfile.ReadError("damaged extended header")
+        records[_text(keyword)] = _text(value[:-1])
+        position = end
+    return records
+
+
+def _read(file: BinaryIO, position: int, count: int) -> bytes:
+    file.seek(position)
+    data = file.read(count)
+    if len(data) < count:
+        raise tarfile.ReadError(f"header cut off at byte {position + len(data)}")
+    return data
+
+
+def _padded(size: int) -> int:
+    return -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+
+
+def _text(name: bytes) -> str:
+    # Not "replace": names in another encoding would all become the same question marks.
+    return name.decode("utf-8", "backslashreplace")
 
 
 def key_and_extension(member: tarfile.TarInfo) -> tuple[str, str | None]:
@@ -86,7 +196,8 @@ def key_and_extension(member: tarfile.TarInfo) -> tuple[str, str | None]:
     stem, dot, extension = name.partition(".")
     extension = extension.lower()
     allowed = extension in IMAGE_EXTENSIONS or extension in TEXT_EXTENSIONS
-    if not (member.isreg() and not member.issparse() and stem and dot and allowed):
+    regular = member.isreg() and member.type != tarfile.GNUTYPE_SPARSE
+    if not (regular and stem and dot and allowed):
         return "", None
     return folder + slash + stem, extension
 
@@ -136,7 +247,8 @@ def raw_sample(key: str, contents: Mapping[str, bytes]) -> RawSample:
     """Put a sample together from its members.
 
     The captions are `captions` (list) or `caption` (string) of the json member, else the txt
-    member; blank ones are dropped, with their `caption_weights` if there are any.
+    member; blank ones are dropped, with their `caption_weights` if there are any. A key names an
+    image: samples of one key in one shard show the same one, where no `image_id` says otherwise.
 
     Args:
         key: the members' common name.
@@ -158,7 +270,7 @@ def raw_sample(key: str, contents: Mapping[str, bytes]) -> RawSample:
     if isinstance(captions, str):
         captions = [captions]
     captions = _checked_captions(key, captions)
-    kept = [n for n, caption in enumerate(captions) if caption.strip()]
+    kept = [n for n, caption in enumerate(captions) if _says_something(caption)]
     if not kept:
         raise SampleError(key, "no captions")
     meta = {**meta, "captions": [captions[n] for n in kept]}
@@ -190,6 +302,8 @@ def _decode(key: str, extension: str, data: bytes) -> str:
 def _checked_captions(key: str, captions: Any) -> list[str]:
     if captions is not None and not isinstance(captions, list):
         raise SampleError(key, "captions are not text")
+    if len(captions or []) > MAX_CAPTIONS:
+        raise SampleError(key, f"oversized: {len(captions)} captions")
     for caption in captions or []:
         # A lone surrogate ("\\ud800" in JSON) is no text: tokenizers refuse it much later.
         if not isinstance(caption, str) or not _is_unicode(caption):
@@ -205,6 +319,11 @@ def _checked_weights(key: str, weights: Any, captions: int) -> list[float]:
     if not good:
         raise SampleError(key, "caption_weights are not one number of at least 0 per caption")
     return [float(weight) for weight in weights]
+
+
+def _says_something(text: str) -> bool:
+    """Whether there is anything but spaces and control characters, which tokenizers drop."""
+    return any(letter.isprintable() and not letter.isspace() for letter in text)
 
 
 def _is_unicode(text: str) -> bool:

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 _PUNCTUATION = re.compile(r"[.!\"()*#:;~]")
 _SPACES = re.compile(r"\s{2,}")
+# Of a caption, per word: a word that never ends keeps a tokenizer busy for minutes. No one else
+# notices; to BERT a word of more than 100 characters is [UNK].
+_WORD_CHARACTERS = 100
 
 DECODER_START = "[DEC]"
 _REQUIRED_TOKENS = {"pad": "[PAD]", "cls": "[CLS]", "sep": "[SEP]", "unk": "[UNK]"}
@@ -47,7 +50,8 @@ def clean_caption(text: str, max_words: int = 50, prompt: str = "") -> str:
     text = _PUNCTUATION.sub(" ", text.lower())
     text = _SPACES.sub(" ", text)
     text = text.rstrip("\n").strip(" ")
-    return prompt + " ".join(text.split(" ")[:max_words])
+    text = " ".join(text.split(" ")[:max_words])
+    return prompt + text[: max_words * _WORD_CHARACTERS]
 
 
 def clean_question(text: str, max_words: int = 50) -> str:

@@ -216,7 +216,7 @@ def test_reader_checks_the_shard_before_the_first_read(shard: tuple[Path, ShardI
     np.save(offsets_path(path), offsets * 1000)
     fails("impossible")
     np.save(offsets_path(path), np.array([print] * 7, dtype=object), allow_pickle=True)
-    fails("damaged")
+    fails("damaged: object")
     np.save(offsets_path(path), offsets)
     path.write_bytes(path.read_bytes()[:-1])
     fails("bytes")

@@ -20,7 +20,8 @@ from tiny import run_command, tiny_run
 from whole_runs import kill_in_the_middle, last_checkpoint, one_thread, rows
 
 from blip2_train.data.batch import collate_eval
-from blip2_train.data.stream import EvalStream, open_source
+from blip2_train.data.source import open_source
+from blip2_train.data.stream import EvalStream
 from blip2_train.data.text import load_text_tokenizer
 from blip2_train.data.transforms import EvalTransform
 from blip2_train.distributed import World
