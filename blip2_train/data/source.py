@@ -291,5 +291,6 @@ def _check_files(folder: str, shards: Sequence[StoredShard]) -> None:
         else:
             continue
         raise UserError(
-            f"{info.name!r} {found}. Prepare the folder again; blip2-prepare verify checks all of it."
+            f"{info.name!r} {found}. Prepare the folder again; blip2-prepare verify checks all "
+            "of it."
         )
