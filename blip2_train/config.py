@@ -161,6 +161,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "trainer.accelerator": ("auto", "cpu", "gpu"),
     "vision.dtype": ("float32", "bfloat16"),
     "data.caption": ("uniform", "first", "weighted"),
+    "data.decode": ("fast", "exact"),
     "wandb.mode": ("auto", "online", "offline", "disabled"),
 }  # fmt: skip
 # a whole number of at least,

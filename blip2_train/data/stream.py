@@ -42,7 +42,8 @@ log = logging.getLogger(__name__)
 
 Batch = TypeVar("Batch")
 CaptionChoice = Literal["uniform", "first", "weighted"]
-TrainTransformation = Callable[[Image.Image, torch.Generator], torch.Tensor]
+# The bytes of an image file -> uint8 [3, S, S], and whether it is still to be flipped.
+TrainTransformation = Callable[[bytes, torch.Generator], tuple[torch.Tensor, bool]]
 
 RETRY_SECONDS = (1.0, 4.0, 16.0)  # between attempts: a file server that fails over needs some
 MAX_OPEN_SHARDS = 64
@@ -183,8 +184,8 @@ class TrainStream(IterableDataset[Batch]):
 
         Args:
             sources: in the order that decides ties of the mixture.
-            transforms: of each source by name, image and generator -> uint8 [3, S, S]; None: its
-                images are not decoded, for training on text alone.
+            transforms: of each source by name, see `TrainTransform`; None: its images are not
+                decoded, for training on text alone.
             collate: samples of a micro-batch, and what was skipped for it -> batch; called in the
                 worker, so it must pickle.
             contrastive_batch: samples over all ranks, `batch.size / batch.accumulate`.
@@ -273,10 +274,12 @@ class TrainStream(IterableDataset[Batch]):
         info = source.shards[shard]
         for step in range(info.samples):
             place = (index + step) % info.samples
-            decode = self._transforms[name] is not None
-            raw = _read(self._pool, source, shard, place, self._max_words, decode)
+            raw = _read(self._pool, source, shard, place, self._max_words)
             if isinstance(raw, _Usable):
-                return self._augment(source, info, epoch, raw)
+                try:
+                    return self._augment(source, info, epoch, raw)
+                except BadImage as error:
+                    raw = _skip(source, shard, raw.key, str(error))
             skipped.append(raw)
         raise ShardError(
             f"{source.folder / info.name}: none of its {info.samples} samples can be used, the "
@@ -293,9 +296,9 @@ class TrainStream(IterableDataset[Batch]):
         elif self._caption != "first":
             choice = int(torch.randint(len(raw.captions), (1,), generator=generator))
         transform = self._transforms[source.name]
-        image = _no_image()
-        if transform is not None and raw.image is not None:
-            image = transform(raw.image, generator)
+        image, flip = _no_image(), False
+        if transform is not None:
+            image, flip = transform(raw.image, generator)
         # After all other draws, which stay what they were before there was this one.
         uniform = torch.rand(1, generator=generator).item()
         return Sample(
@@ -305,6 +308,7 @@ class TrainStream(IterableDataset[Batch]):
             key=f"{source.name}/{info.name}/{raw.key}",
             captions=raw.captions[choice:] + raw.captions[:choice],
             uniform=uniform,
+            flip=flip,
         )
 
 
@@ -358,26 +362,28 @@ class EvalStream(Dataset[EvalSample | Skipped]):
         place = item * self._total // self._length
         shard = int(np.searchsorted(self._ends, place, side="right"))
         index = place - (int(self._ends[shard - 1]) if shard else 0)
-        decode = self._transform is not None
-        raw = _read(self._pool, self._source, shard, index, self._max_words, decode)
+        raw = _read(self._pool, self._source, shard, index, self._max_words)
         if not isinstance(raw, _Usable):
             return raw
+        image = _no_image()
+        if self._transform is not None:
+            try:
+                image = self._transform(load_rgb(raw.image))
+            except BadImage as error:
+                return _skip(self._source, shard, raw.key, str(error))
         name, tar = self._source.name, self._source.shards[shard].name
         captions = [self._prompt + caption for caption in raw.captions]
         image_id = sample_id(name, tar, raw.key, raw.image_id)
         key = f"{name}/{tar}/{raw.key}"
-        image = _no_image()
-        if self._transform is not None and raw.image is not None:
-            image = self._transform(raw.image)
         return EvalSample(image, captions, image_id, key, item)
 
 
 @dataclass(frozen=True)
 class _Usable:
-    """A sample that was read and, where images are wanted, decoded."""
+    """A sample that was read; its image is not decoded yet, which may still fail."""
 
     key: str
-    image: Image.Image | None
+    image: bytes
     captions: list[str]  # cleaned, none empty, at least one
     weights: list[float]  # of the captions; empty where the sample has none
     image_id: object
@@ -389,25 +395,22 @@ def _no_image() -> torch.Tensor:
 
 
 def _read(
-    pool: ShardPool, source: Source, shard: int, index: int, max_words: int, decode: bool
+    pool: ShardPool, source: Source, shard: int, index: int, max_words: int
 ) -> _Usable | Skipped:
-    """Read a sample, with its image if `decode`, or say why it cannot be used."""
-    key = f"#{index}"
+    """Read a sample or say why it cannot be used."""
     try:
         raw = pool.read(source, shard, index)
-        key = raw.key
         cleaned = [clean_caption(caption, max_words) for caption in raw.meta["captions"]]
         kept = [n for n, caption in enumerate(cleaned) if caption]
         if not kept:
-            raise SampleError(key, "no caption is left after cleaning")
-        image = load_rgb(raw.image) if decode else None
+            raise SampleError(raw.key, "no caption is left after cleaning")
     except SampleError as error:
-        key, reason = error.key, error.reason
-    except BadImage as error:
-        reason = str(error)
-    else:
-        captions = [cleaned[n] for n in kept]
-        weights = raw.meta.get("caption_weights")
-        weights = [] if weights is None else [weights[n] for n in kept]
-        return _Usable(key, image, captions, weights, raw.meta.get("image_id"))
+        return _skip(source, shard, error.key, error.reason)
+    captions = [cleaned[n] for n in kept]
+    weights = raw.meta.get("caption_weights")
+    weights = [] if weights is None else [weights[n] for n in kept]
+    return _Usable(raw.key, raw.image, captions, weights, raw.meta.get("image_id"))
+
+
+def _skip(source: Source, shard: int, key: str, reason: str) -> Skipped:
     return {"shard": f"{source.name}/{source.shards[shard].name}", "key": key, "reason": reason}
