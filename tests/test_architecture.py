@@ -30,6 +30,8 @@ MAY_IMPORT = {
     },
     "prepare": {"errors", "data"},
     "train": {"errors", "config", "training"},
+    "benchmark": {"errors", "benchmarks"},
+    "benchmarks": {"errors", "data"},
     "demo": {
         "errors", "prepare", "train", "data", "models", "losses", "evaluation", "training",
     },
@@ -41,7 +43,7 @@ RESERVED = {
     "omegaconf": {"config", "train"},
     "wandb": {"training"},
     "timm": {"models"},
-    "webdataset": {"data"},
+    "webdataset": {"data", "benchmarks"},
 }
 
 

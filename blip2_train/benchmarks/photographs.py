@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image, ImageDraw
 
-# Amplitude over spatial frequency falls as 1/f^SLOPE. With it and the shapes below, JPEGs of quality
-# 90 take about as many bits per pixel as photographs: 2.7 at 256 pixels on the shorter side (a
-# sample of Flickr8k: 2.7), 2.6 at 375 and 2.0 at 1024 (a large photograph, shrunk: 2.2 and 1.7).
+# Amplitude over spatial frequency falls as 1/f^SLOPE. With it and the shapes below, JPEGs of
+# quality 90 take about as many bits per pixel as photographs: 2.7 at 256 pixels on the shorter side
+# (a sample of Flickr8k: 2.7), 2.6 at 375 and 2.0 at 1024 (a large one, shrunk: 2.2 and 1.7).
 _SLOPE = 1.3
 _CONTRAST, _COLOUR = 38.0, 12.0  # standard deviations of brightness, and of colours around it
 _SHAPES = 25
