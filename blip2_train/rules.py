@@ -23,6 +23,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "trainer.accelerator": ("auto", "cpu", "gpu"),
     "vision.dtype": ("float32", "bfloat16"),
     "data.caption": ("uniform", "first", "weighted"),
+    "data.decode": ("fast", "exact"),
     "data.mode": ("indexed", "stream"),
     "data.on_bad_shard": ("error", "skip"),
     "wandb.mode": ("auto", "online", "offline", "disabled"),

@@ -31,6 +31,8 @@ MAY_IMPORT = {
     },
     "prepare": {"errors", "data"},
     "train": {"errors", "rules", "config", "training"},
+    "benchmark": {"errors", "benchmarks"},
+    "benchmarks": {"errors", "data"},
     "demo": {
         "errors", "prepare", "train", "data", "models", "losses", "evaluation", "training",
     },
@@ -42,7 +44,7 @@ RESERVED = {
     "omegaconf": {"config", "train"},
     "wandb": {"training"},
     "timm": {"models"},
-    "webdataset": {"data"},
+    "webdataset": {"data", "benchmarks"},
 }
 
 

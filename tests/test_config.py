@@ -353,6 +353,7 @@ BAD = {
     "optimizer.lr": "high",
     "optimizer.betas": "[0.9,1.5]",
     "data.crop_scale": "0.5",
+    "data.decode": "quick",
     "data.num_workers": "true",
     "validation.every": ".nan",
     "run.name": "a/b",

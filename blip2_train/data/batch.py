@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
+from torch.utils.data import default_collate
 
 from blip2_train.seeding import stable_hash
 
@@ -27,6 +28,7 @@ class Sample:
     key: str  # "source/shard/key"
     captions: list[str] = field(default_factory=list)  # cleaned, all of the image, no prompt
     uniform: float = 0.0  # in [0, 1), the sample's own random number
+    flip: bool = False  # `image` is still to be flipped
 
 
 @dataclass(frozen=True)
@@ -48,10 +50,16 @@ class Skipped(TypedDict):
     reason: str
 
 
-class ImageTextBatch(TypedDict):
-    """What a stage-1 training step is given."""
+class Pictures(TypedDict):
+    """The images of a training batch; the trainer's device flips them (`flip_images`)."""
 
     image: torch.Tensor  # uint8 [B, 3, S, S]
+    flip: torch.Tensor  # bool [B], images that are still to be flipped
+
+
+class ImageTextBatch(Pictures):
+    """What a stage-1 training step is given."""
+
     input_ids: torch.Tensor  # int64 [B, T], [CLS] ... [SEP] [PAD] ...
     attention_mask: torch.Tensor  # int64 [B, T], 0 on padding
     image_id: torch.Tensor  # int64 [B], equal for the same image
@@ -90,8 +98,19 @@ def sample_id(source: str, shard: str, key: str, image_id: Any) -> int:
 
 
 def stack_images(images: list[torch.Tensor]) -> torch.Tensor:
-    """Return uint8 [B, 3, S, S] of images [3, S, S]; [0, 3, 0, 0] where there are none."""
-    return torch.stack(images) if images else torch.empty(0, 3, 0, 0, dtype=torch.uint8)
+    """Return uint8 [B, 3, S, S] of images [3, S, S]; [0, 3, 0, 0] where there are none.
+
+    In a loader worker they are put straight into memory that the trainer shares.
+    """
+    return default_collate(images) if images else torch.empty(0, 3, 0, 0, dtype=torch.uint8)
+
+
+def stack_pictures(samples: Sequence[Sample]) -> Pictures:
+    """Put the images of training samples together."""
+    return {
+        "image": stack_images([sample.image for sample in samples]),
+        "flip": torch.tensor([sample.flip for sample in samples], dtype=torch.bool),
+    }
 
 
 def tokenise(
@@ -147,7 +166,7 @@ def collate(
     texts = [sample.text for sample in samples]
     input_ids, attention_mask = tokenise(texts, tokenizer, max_text_tokens)
     return {
-        "image": stack_images([sample.image for sample in samples]),
+        **stack_pictures(samples),
         "input_ids": input_ids,
         "attention_mask": attention_mask,
         "image_id": torch.tensor([sample.image_id for sample in samples]),

@@ -5,12 +5,22 @@ Colour profiles are ignored, as in the reference: values are those of the file.
 
 from __future__ import annotations
 
+import contextlib
+import importlib
+import importlib.util
 import io
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from blip2_train.data.parts import has_too_many_parts
+
+# Optional: gives PIL's own pixels in less time.
+simplejpeg: Any = None
+if importlib.util.find_spec("simplejpeg"):
+    simplejpeg = importlib.import_module("simplejpeg")
 
 # An allow-list: other PIL plugins run programs (EPS) or are not meant for photographs.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
@@ -34,6 +44,16 @@ class BadImage(ValueError):
     """The bytes are no usable image; the message is `reason` or `reason: detail`."""
 
 
+@contextlib.contextmanager
+def _only_bad_images() -> Iterator[None]:
+    try:
+        yield
+    except BadImage:
+        raise
+    except Exception as error:  # decoders of damaged bytes raise almost anything
+        raise _bad_image(error) from error
+
+
 def load_rgb(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Decode an image: first frame, EXIF orientation applied, transparency put on white, RGB.
 
@@ -44,13 +64,74 @@ def load_rgb(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     Raises:
         BadImage: too large, truncated, damaged, of another format. No bytes raise anything else.
     """
+    return Picture(data, max_pixels=max_pixels).rgb()
+
+
+class Picture:
+    """An image file whose size is known before it is decoded; to be decoded once.
+
+    Args:
+        data: as for `load_rgb`.
+        max_pixels: as for `load_rgb`.
+
+    Attributes:
+        size: width and height in pixels of the upright picture.
+        shrinks: it can be decoded at a fraction of its size: an upright colour JPEG.
+
+    Raises:
+        BadImage: as for `load_rgb`, here or when it is decoded.
+    """
+
+    def __init__(self, data: bytes, *, max_pixels: int = MAX_PIXELS) -> None:
+        self._data = data
+        with _only_bad_images():
+            self._image = _open(data, max_pixels)
+            is_jpeg = self._image.format == "JPEG"
+            if not is_jpeg:  # others may say only at their end which way is up
+                self._image.load()
+            self._orientation = _orientation(self._image)
+            width, height = self._image.size
+        self.size = (height, width) if (self._orientation or 1) > 4 else (width, height)
+        self.shrinks = is_jpeg and self._image.mode == "RGB" and self._orientation == 1
+
+    def rgb(self) -> Image.Image:
+        """Decode in full, as `load_rgb` does."""
+        with _only_bad_images():
+            self._image.load()
+            return _to_rgb(_turn(self._image, self._orientation))
+
+    def pixels(self, shrink: int = 1) -> np.ndarray:
+        """Decode what `shrinks`, by the JPEG decoder's own scaling, or anything in full.
+
+        Args:
+            shrink: 1, 2, 4 or 8; 1 unless `shrinks`.
+
+        Returns:
+            uint8 [height / shrink, width / shrink, 3], rounded up; of full size the values of
+            `rgb`.
+        """
+        if not self.shrinks:
+            return np.array(self.rgb())
+        with _only_bad_images():
+            pixels = _turbo_pixels(self._data, self.size, shrink)
+            if pixels is None:
+                self._image.draft(None, (self.size[0] // shrink, self.size[1] // shrink))
+                self._image.load()
+                pixels = np.array(self._image)
+            return pixels
+
+
+def _turbo_pixels(data: bytes, size: tuple[int, int], shrink: int) -> np.ndarray | None:
+    """Return what PIL would give for a colour JPEG; None: only PIL can tell."""
+    if simplejpeg is None:
+        return None
+    least = {"min_width": -(-size[0] // shrink), "min_height": -(-size[1] // shrink)}
     try:
-        image = _decode(data, max_pixels)
-        return _to_rgb(_turn(image, _orientation(image)))
-    except BadImage:
-        raise
-    except Exception as error:  # decoders of damaged bytes raise almost anything
-        raise _bad_image(error) from error
+        pixels = simplejpeg.decode_jpeg(data, **least)
+    except ValueError:  # PIL bears with some damage that this takes for an error
+        return None
+    # It takes the smallest of its scales that is large enough: of a few pixels, another one.
+    return pixels if pixels.shape[1::-1] == tuple(least.values()) else None
 
 
 def to_jpeg(
@@ -73,8 +154,9 @@ def to_jpeg(
     Raises:
         BadImage: as for `load_rgb`, or too long for a JPEG.
     """
-    try:
-        image = _decode(data, max_pixels)
+    with _only_bad_images():
+        image = _open(data, max_pixels)
+        image.load()
         orientation = _orientation(image)
         small = not short_side or min(image.size) <= short_side
         if small and image.format == "JPEG" and image.mode == "RGB" and orientation == 1:
@@ -85,10 +167,6 @@ def to_jpeg(
         if max(image.size) > MAX_JPEG_SIDE:
             raise BadImage(f"too long for a JPEG: {image.width}x{image.height}")
         return encode_jpeg(image, quality), *image.size
-    except BadImage:
-        raise
-    except Exception as error:  # as in load_rgb
-        raise _bad_image(error) from error
 
 
 def encode_jpeg(image: Image.Image, quality: int, *, subsampling: str = "4:2:0") -> bytes:
@@ -105,8 +183,8 @@ def encode_jpeg(image: Image.Image, quality: int, *, subsampling: str = "4:2:0")
     return buffer.getvalue()
 
 
-def _decode(data: bytes, max_pixels: int) -> Image.Image:
-    """Open and load the first frame, as stored."""
+def _open(data: bytes, max_pixels: int) -> Image.Image:
+    """Read the header of the first frame."""
     _check_pixels(_webp_size(data), max_pixels)
     if has_too_many_parts(data):
         raise BadImage("undecodable: it has too many parts")
@@ -115,7 +193,6 @@ def _decode(data: bytes, max_pixels: int) -> Image.Image:
     if image.format == "TIFF":  # of a picture of any size, a whole tile is decoded
         tags = image.tag_v2  # type: ignore[attr-defined]
         _check_pixels((tags.get(_TILE_WIDTH, 0), tags.get(_TILE_LENGTH, 0)), max_pixels)
-    image.load()
     return image
 
 

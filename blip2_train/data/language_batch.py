@@ -12,7 +12,14 @@ from typing import Any, Literal, TypedDict
 
 import torch
 
-from blip2_train.data.batch import EvalSample, Sample, Skipped, stack_images, text_bucket
+from blip2_train.data.batch import (
+    EvalSample,
+    Pictures,
+    Sample,
+    Skipped,
+    stack_pictures,
+    text_bucket,
+)
 from blip2_train.data.language import LanguageTokenizer, encode, pad_rows
 
 Prefix = Literal["none", "random_split"]
@@ -54,28 +61,20 @@ class EvalOrigin(Origin):
     items: list[int]  # numbers within the `EvalStream`
 
 
-class CausalBatch(CausalText, Origin):
+class CausalBatch(CausalText, Pictures, Origin):
     """What a stage-2 step of a decoder-only model is given."""
 
-    image: torch.Tensor  # uint8 [B, 3, S, S]
 
-
-class CausalEvalBatch(CausalText, EvalOrigin):
+class CausalEvalBatch(CausalText, Pictures, EvalOrigin):
     """Images with the loss's texts, those of their first captions, and all captions."""
 
-    image: torch.Tensor  # uint8 [B, 3, S, S]
 
-
-class Seq2SeqBatch(Seq2SeqText, Origin):
+class Seq2SeqBatch(Seq2SeqText, Pictures, Origin):
     """What a stage-2 step of an encoder-decoder model is given."""
 
-    image: torch.Tensor  # uint8 [B, 3, S, S]
 
-
-class Seq2SeqEvalBatch(Seq2SeqText, EvalOrigin):
+class Seq2SeqEvalBatch(Seq2SeqText, Pictures, EvalOrigin):
     """Images with the loss's texts, those of their first captions, and all captions."""
-
-    image: torch.Tensor  # uint8 [B, 3, S, S]
 
 
 class DocumentBatch(CausalText, Origin):
@@ -117,7 +116,7 @@ def collate_causal(
     return {
         **_with_targets(rows, first, text.pad_id, max_text_tokens, bucket),
         **_origin(samples, skipped),
-        "image": stack_images([sample.image for sample in samples]),
+        **stack_pictures(samples),
     }
 
 
@@ -164,7 +163,7 @@ def collate_seq2seq(
         "lm_index": decoder["lm_index"],
         "lm_targets": decoder["lm_targets"],
         **_origin(samples, skipped),
-        "image": stack_images([sample.image for sample in samples]),
+        **stack_pictures(samples),
     }
 
 

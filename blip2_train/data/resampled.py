@@ -18,12 +18,13 @@ import webdataset
 from torch.utils.data import get_worker_info
 
 from blip2_train.data.batch import Sample, Skipped
+from blip2_train.data.images import BadImage
 from blip2_train.data.order import PartedOrder
 from blip2_train.data.remote import MissingFile, is_remote
 from blip2_train.data.retries import with_retries
 from blip2_train.data.shards import ShardError
 from blip2_train.data.source import Source, StoredShard, UnindexedSource
-from blip2_train.data.stream import Batch, TrainStream, usable
+from blip2_train.data.stream import Batch, TrainStream, Usable, usable
 from blip2_train.data.tar import RawSample, SampleError, tar_samples
 from blip2_train.seeding import stable_hash
 
@@ -56,18 +57,18 @@ class ResampledStream(TrainStream[Batch]):
 
     def _draw(self, name: str, part: int, n: int, skipped: list[Skipped]) -> Sample:
         source = self._sources[name]
-        decode = self._transforms[name] is not None
         for _ in range(MAX_BAD_IN_A_ROW):
             url, found = next(self._pipelines[name])
             shard = StoredShard(url.rsplit("/", 1)[-1], "", 0, 0, "", folder="")
-            if isinstance(found, RawSample):
-                found = usable(found, self._max_words, decode)
-            if isinstance(found, SampleError):
-                where = f"{name}/{shard.name}"
-                skipped.append({"shard": where, "key": found.key, "reason": found.reason})
-            else:
-                # In the place of the epoch, which there is none of: a number of its own.
-                return self._augment(source, shard, n, found)
+            sample = usable(found, self._max_words) if isinstance(found, RawSample) else found
+            if isinstance(sample, Usable):
+                try:
+                    # In the place of the epoch, which there is none of: a number of its own.
+                    return self._augment(source, shard, n, sample)
+                except BadImage as error:
+                    sample = SampleError(sample.key, str(error))
+            where = f"{name}/{shard.name}"
+            skipped.append({"shard": where, "key": sample.key, "reason": sample.reason})
         raise ShardError(
             f"data.sources.{name}: {MAX_BAD_IN_A_ROW} samples in a row cannot be used, the last "
             f"one because of: {skipped[-1]['reason']}"

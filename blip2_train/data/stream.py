@@ -33,7 +33,8 @@ log = logging.getLogger(__name__)
 
 Batch = TypeVar("Batch")
 CaptionChoice = Literal["uniform", "first", "weighted"]
-TrainTransformation = Callable[[Image.Image, torch.Generator], torch.Tensor]
+# The bytes of an image file -> uint8 [3, S, S], and whether it is still to be flipped.
+TrainTransformation = Callable[[bytes, torch.Generator], tuple[torch.Tensor, bool]]
 
 
 class TrainStream(IterableDataset[Batch]):
@@ -67,8 +68,8 @@ class TrainStream(IterableDataset[Batch]):
 
         Args:
             sources: in the order that decides ties of the mixture.
-            transforms: of each source by name, image and generator -> uint8 [3, S, S]; None: its
-                images are not decoded, for training on text alone.
+            transforms: of each source by name, see `TrainTransform`; None: its images are not
+                decoded, for training on text alone.
             collate: samples of a micro-batch, and what was skipped for it -> batch; called in the
                 worker, so it must pickle.
             contrastive_batch: samples over all ranks, `batch.size / batch.accumulate`.
@@ -199,10 +200,12 @@ class TrainStream(IterableDataset[Batch]):
         """Return the first usable sample of a shard from `index` on, round its end."""
         for step in range(info.samples):
             place = (index + step) % info.samples
-            decode = self._transforms[source.name] is not None
-            raw = _read(self._pool, source, info, place, self._max_words, decode)
+            raw = _read(self._pool, source, info, place, self._max_words)
             if isinstance(raw, Usable):
-                return self._augment(source, info, epoch, raw)
+                try:
+                    return self._augment(source, info, epoch, raw)
+                except BadImage as error:
+                    raw = _skipped(source, info, raw.key, str(error))
             skipped.append(raw)
         raise ShardError(
             f"{info.location}: none of its {info.samples} samples can be used, the last one "
@@ -228,9 +231,9 @@ class TrainStream(IterableDataset[Batch]):
         elif self._caption != "first":
             choice = int(torch.randint(len(raw.captions), (1,), generator=generator))
         transform = self._transforms[source.name]
-        image = _no_image()
-        if transform is not None and raw.image is not None:
-            image = transform(raw.image, generator)
+        image, flip = _no_image(), False
+        if transform is not None:
+            image, flip = transform(raw.image, generator)
         # After all other draws, which stay what they were before there was this one.
         uniform = torch.rand(1, generator=generator).item()
         return Sample(
@@ -240,6 +243,7 @@ class TrainStream(IterableDataset[Batch]):
             key=f"{source.name}/{info.name}/{raw.key}",
             captions=raw.captions[choice:] + raw.captions[:choice],
             uniform=uniform,
+            flip=flip,
         )
 
 
@@ -294,32 +298,34 @@ class EvalStream(Dataset[EvalSample | Skipped]):
         place = item * self._total // self._length
         shard = int(np.searchsorted(self._ends, place, side="right"))
         index = place - (int(self._ends[shard - 1]) if shard else 0)
-        decode = self._transform is not None
         info = self._source.shards[shard]
         try:
-            raw = _read(self._pool, self._source, info, index, self._max_words, decode)
+            raw = _read(self._pool, self._source, info, index, self._max_words)
         except ShardError as error:
             if self._reading.on_bad_shard == "error":
                 raise
             return _skipped(self._source, info, f"#{index}", f"bad shard: {error}")
         if not isinstance(raw, Usable):
             return raw
+        image = _no_image()
+        if self._transform is not None:
+            try:
+                image = self._transform(load_rgb(raw.image))
+            except BadImage as error:
+                return _skipped(self._source, info, raw.key, str(error))
         name, tar = self._source.name, info.name
         captions = [self._prompt + caption for caption in raw.captions]
         image_id = sample_id(name, tar, raw.key, raw.image_id)
         key = f"{name}/{tar}/{raw.key}"
-        image = _no_image()
-        if self._transform is not None and raw.image is not None:
-            image = self._transform(raw.image)
         return EvalSample(image, captions, image_id, key, item)
 
 
 @dataclass(frozen=True)
 class Usable:
-    """A sample that was read and, where images are wanted, decoded."""
+    """A sample that was read; its image is not decoded yet, which may still fail."""
 
     key: str
-    image: Image.Image | None
+    image: bytes
     captions: list[str]  # cleaned, none empty, at least one
     weights: list[float]  # of the captions; empty where the sample has none
     image_id: object
@@ -335,11 +341,11 @@ def _skipped(source: Source, info: StoredShard, key: str, reason: str) -> Skippe
 
 
 def _read(
-    pool: ShardPool, source: Source, info: StoredShard, index: int, max_words: int, decode: bool
+    pool: ShardPool, source: Source, info: StoredShard, index: int, max_words: int
 ) -> Usable | Skipped:
-    """Read a sample, with its image if `decode`, or say why it cannot be used."""
+    """Read a sample or say why it cannot be used."""
     try:
-        found = usable(pool.read(info, index), max_words, decode)
+        found = usable(pool.read(info, index), max_words)
     except SampleError as error:
         found = error
     if isinstance(found, Usable):
@@ -347,17 +353,13 @@ def _read(
     return _skipped(source, info, found.key, found.reason)
 
 
-def usable(raw: RawSample, max_words: int, decode: bool) -> Usable | SampleError:
-    """Clean a sample's captions and decode its image if `decode`, or say why it cannot be used."""
+def usable(raw: RawSample, max_words: int) -> Usable | SampleError:
+    """Clean a sample's captions, or say why it cannot be used; its image may yet be undecodable."""
     cleaned = [clean_caption(caption, max_words) for caption in raw.meta["captions"]]
     kept = [n for n, caption in enumerate(cleaned) if caption]
     if not kept:
         return SampleError(raw.key, "no caption is left after cleaning")
-    try:
-        image = load_rgb(raw.image) if decode else None
-    except BadImage as error:
-        return SampleError(raw.key, str(error))
     captions = [cleaned[n] for n in kept]
     weights = raw.meta.get("caption_weights")
     weights = [] if weights is None else [weights[n] for n in kept]
-    return Usable(raw.key, image, captions, weights, raw.meta.get("image_id"))
+    return Usable(raw.key, raw.image, captions, weights, raw.meta.get("image_id"))

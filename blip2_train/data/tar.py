@@ -302,13 +302,14 @@ def _decode(key: str, extension: str, data: bytes) -> str:
 def _checked_captions(key: str, captions: Any) -> list[str]:
     if captions is not None and not isinstance(captions, list):
         raise SampleError(key, "captions are not text")
-    if len(captions or []) > MAX_CAPTIONS:
+    captions = captions or []
+    if len(captions) > MAX_CAPTIONS:
         raise SampleError(key, f"oversized: {len(captions)} captions")
-    for caption in captions or []:
+    for caption in captions:
         # A lone surrogate ("\\ud800" in JSON) is no text: tokenizers refuse it much later.
         if not isinstance(caption, str) or not _is_unicode(caption):
             raise SampleError(key, "captions are not text")
-    return captions or []
+    return captions
 
 
 def _checked_weights(key: str, weights: Any, captions: int) -> list[float]:

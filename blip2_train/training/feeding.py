@@ -147,6 +147,7 @@ def train_stream(
             scale=data["crop_scale"],
             flip=data["flip"],
             randaugment=source["randaugment"],
+            decode=data["decode"],
         )
         for name, source in data["sources"].items()
     }

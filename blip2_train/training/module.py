@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from blip2_train.config import BatchPlan
+from blip2_train.data.transforms import flip_images
 from blip2_train.distributed import World, current_world
 from blip2_train.models.freezing import Frozen
 from blip2_train.seeding import stable_hash
@@ -65,7 +66,7 @@ class StageModule(pl.LightningModule, abc.ABC):
         """Losses of one micro-batch: `loss` to call backward on, and what the meter sums.
 
         Args:
-            batch: on the device.
+            batch: on the device, its images flipped.
             step: optimizer step, from 0.
             part: micro-batch within the step.
             world: the ranks.
@@ -97,6 +98,8 @@ class StageModule(pl.LightningModule, abc.ABC):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Loss of one micro-batch (one of `batch.accumulate` in an optimizer step)."""
+        if "flip" in batch:  # there are batches of text alone
+            batch = {**batch, "image": flip_images(batch["image"], batch["flip"])}
         world, step = current_world(), self.trainer.global_step
         part = batch_idx % self.batch.accumulate
         # seeded by the step: a resumed run needs no stored generator

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils.data import DataLoader
 
 from blip2_train.data.batch import (
     EvalSample,
@@ -18,6 +19,7 @@ from blip2_train.data.batch import (
     longest_text,
     sample_id,
     stable_hash,
+    stack_images,
     text_bucket,
     tokenise,
 )
@@ -51,17 +53,33 @@ def test_texts_are_padded_to_the_maximum_and_cut_before_sep(tokenizer):
 
 
 def test_a_batch_holds_its_samples_in_order(tokenizer):
-    samples = [Sample(image(i), text, 10 - i, f"s/t/{i}") for i, text in enumerate(["a", "a dog"])]
+    samples = [
+        Sample(image(i), text, 10 - i, f"s/t/{i}", flip=bool(i))
+        for i, text in enumerate(["a", "a dog"])
+    ]
     skipped = [{"shard": "s/t", "key": "9", "reason": "bad"}]
     batch = collate(samples, skipped, tokenizer=tokenizer, max_text_tokens=T)
     assert batch["image"].shape == (2, 3, 2, 2) and batch["image"].dtype == torch.uint8
     assert batch["image"][:, 0, 0, 0].tolist() == [0, 1]
+    assert batch["flip"].tolist() == [False, True] and batch["flip"].dtype == torch.bool
     assert batch["image_id"].tolist() == [10, 9] and batch["image_id"].dtype == torch.int64
     assert batch["text"] == ["a", "a dog"]
     assert batch["keys"] == ["s/t/0", "s/t/1"]
     assert batch["skipped"] == skipped
     assert torch.equal(batch["lm_index"], lm_targets(batch["attention_mask"]))
     assert longest_text(batch) == 4
+
+
+def shared_at_once(numbers: list[int]) -> tuple[bool, torch.Tensor]:
+    images = stack_images([image(n) for n in numbers])
+    return images.is_shared(), images
+
+
+def test_a_worker_puts_images_straight_into_shared_memory():
+    (shared, images), *_ = DataLoader(
+        range(4), batch_size=4, num_workers=1, collate_fn=shared_at_once
+    )
+    assert shared and images[:, 0, 0, 0].tolist() == [0, 1, 2, 3]
 
 
 @given(

@@ -31,14 +31,14 @@ from ranks import LAYOUTS
 from torch.utils.data import DataLoader
 
 from blip2_train.data import retries
-from blip2_train.data import stream as stream_module
 from blip2_train.data.batch import EvalSample, collate, collate_eval, sample_id
+from blip2_train.data.images import load_rgb
 from blip2_train.data.pool import Reading, ShardPool
 from blip2_train.data.shards import ShardError, ShardReader, write_index, write_shard
 from blip2_train.data.source import open_source
 from blip2_train.data.stream import EvalStream, TrainStream
 from blip2_train.data.text import load_text_tokenizer
-from blip2_train.data.transforms import EvalTransform, TrainTransform
+from blip2_train.data.transforms import EvalTransform, TrainTransform, flip_images
 from blip2_train.errors import UserError
 from blip2_train.seeding import stable_hash
 
@@ -170,7 +170,7 @@ def rows(batch: dict) -> list[tuple]:
             batch["text"],
             map(tuple, batch["input_ids"].tolist()),
             batch["image_id"].tolist(),
-            [image.numpy().tobytes() for image in batch["image"]],
+            [image.numpy().tobytes() for image in flip_images(batch["image"], batch["flip"])],
             strict=True,
         )
     )
@@ -290,9 +290,10 @@ def test_samples_of_one_key_in_two_shards_have_their_own_randomness(folder, make
     assert len(set(batch["image_id"].tolist())) == 2  # no image_id: two images
 
 
-def seed_as_image(image: Image.Image, generator: torch.Generator) -> torch.Tensor:
+def seed_as_image(data: bytes, generator: torch.Generator) -> tuple[torch.Tensor, bool]:
     seed = generator.initial_seed()
-    return torch.tensor(seed - 2**64 if seed >= 2**63 else seed)
+    load_rgb(data)
+    return torch.tensor(seed - 2**64 if seed >= 2**63 else seed), False
 
 
 def test_captions_are_drawn_evenly_and_cleaned(sources, make):
@@ -357,20 +358,20 @@ def test_pixels_and_ids_are_those_of_the_key(folder, sources, make):
 def test_each_source_has_its_own_transform(make):
     batch = batches(make(transforms={"one": black, "two": white}), 1)[0]
     expected = [int(key.startswith("two/")) for key in batch["keys"]]
-    assert batch["image"].tolist() == expected
+    assert batch["image"].tolist() == batch["flip"].int().tolist() == expected
     assert set(expected) == {0, 1}
 
 
-def black(image: Image.Image, generator: torch.Generator) -> torch.Tensor:
-    return torch.tensor(0)
+def black(data: bytes, generator: torch.Generator) -> tuple[torch.Tensor, bool]:
+    return torch.tensor(0), False
 
 
-def white(image: Image.Image, generator: torch.Generator) -> torch.Tensor:
-    return torch.tensor(1)
+def white(data: bytes, generator: torch.Generator) -> tuple[torch.Tensor, bool]:
+    return torch.tensor(1), True
 
 
-def plain_resize(image: Image.Image, generator: torch.Generator) -> torch.Tensor:
-    return EvalTransform(8)(image)
+def plain_resize(data: bytes, generator: torch.Generator) -> tuple[torch.Tensor, bool]:
+    return EvalTransform(8)(load_rgb(data)), False
 
 
 # What a sample carries.
@@ -402,18 +403,18 @@ def test_its_number_is_drawn_after_caption_and_crop(sources, make):
         generator.manual_seed(stable_hash(5, 0, source, shard, key))
         choice = int(torch.randint(1 + int(key[1:]) % 3, (1,), generator=generator))
         assert sample.captions[0].startswith(f"caption {choice} ")
-        picture = Image.open(io.BytesIO(jpeg(int(key[1:])))).convert("RGB")
-        assert torch.equal(sample.image, TrainTransform(8)(picture, generator))
+        pixels, flip = TrainTransform(8)(jpeg(int(key[1:])), generator)
+        assert torch.equal(sample.image, pixels) and sample.flip == flip
         assert sample.uniform == torch.rand(1, generator=generator).item()
         found.append(sample.uniform)
     assert len(set(found)) == len(found) == 10 and 0 <= min(found) < max(found) < 1
 
 
 def test_without_transforms_no_image_is_decoded(sources, make, monkeypatch):
-    def decoded(*arguments):
-        raise AssertionError("an image was decoded")
+    def opened(*arguments, **options):
+        raise AssertionError("an image was opened")
 
-    monkeypatch.setattr(stream_module, "load_rgb", decoded)
+    monkeypatch.setattr(Image, "open", opened)
     stream = make(sources=sources[:1], transforms={"one": None}, collate=as_list)
     found = batches(stream, 5)
     images = [sample.image for batch in found for sample in batch["samples"]]

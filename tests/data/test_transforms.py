@@ -7,6 +7,7 @@
 - normalising on uint8 batches equals torchvision's ToTensor and Normalize
 """
 
+import io
 import math
 
 import numpy as np
@@ -21,6 +22,7 @@ from blip2_train.data.transforms import (
     OPERATIONS,
     EvalTransform,
     TrainTransform,
+    flip_images,
     rand_augment,
 )
 
@@ -34,6 +36,17 @@ def picture(width: int, height: int, seed: int = 0) -> Image.Image:
         0, 12, (height, width, 3)
     )
     return Image.fromarray(values.clip(0, 255).astype(np.uint8))
+
+
+def png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()
+
+
+def finished(pixels: torch.Tensor, flip: bool) -> torch.Tensor:
+    """What the trainer makes of it."""
+    return flip_images(pixels[None], torch.tensor([flip]))[0]
 
 
 def generator(seed: int) -> torch.Generator:
@@ -57,30 +70,40 @@ def test_crop_and_flip_are_torchvisions(size, scale, ratio):
             tv.PILToTensor(),
         ]
     )
-    ours = TrainTransform(24, scale, ratio)
+    ours, data = TrainTransform(24, scale, ratio, decode="exact"), png(image)
     for seed in range(25):
         torch.manual_seed(seed)
         expected = theirs(image)
-        assert torch.equal(ours(image, generator(seed)), expected), seed
+        assert torch.equal(finished(*ours(data, generator(seed))), expected), seed
 
 
 def test_the_state_of_the_generator_decides_alone():
-    image, transform = picture(60, 40), TrainTransform(16, randaugment=True)
+    image, transform = png(picture(60, 40)), TrainTransform(16, randaugment=True)
     g = generator(3)
-    first, second = transform(image, g), transform(image, g)
+    (first, _), (second, _) = transform(image, g), transform(image, g)
     assert not torch.equal(first, second)
     torch.manual_seed(1)
     before = torch.random.get_rng_state()
     g = generator(3)
-    assert torch.equal(transform(image, g), first)
-    assert torch.equal(transform(image, g), second)
+    assert torch.equal(transform(image, g)[0], first)
+    assert torch.equal(transform(image, g)[0], second)
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
-@pytest.mark.parametrize("transform", [TrainTransform(12, randaugment=True), EvalTransform(12)])
-def test_images_are_small_contiguous_bytes(transform):
-    args = (generator(0),) if isinstance(transform, TrainTransform) else ()
-    out = transform(picture(31, 22), *args)
+@pytest.mark.parametrize(
+    "out",
+    [
+        EvalTransform(12)(picture(31, 22)),
+        *(
+            TrainTransform(12, randaugment=augmented, decode=decode)(
+                png(picture(31, 22)), generator(0)
+            )[0]
+            for augmented in (False, True)
+            for decode in ("fast", "exact")
+        ),
+    ],
+)
+def test_images_are_small_contiguous_bytes(out):
     assert out.shape == (3, 12, 12)
     assert out.dtype == torch.uint8
     assert out.is_contiguous()
@@ -221,16 +244,19 @@ def test_rand_augment_draws_two_of_ten_with_replacement(monkeypatch):
     assert abs(sum(sign > 0 for _, sign in calls) / len(calls) - 0.5) < 0.04
 
 
-def test_augmented_images_differ_from_the_plain_ones_only_by_the_operations():
+@pytest.mark.parametrize("decode", ["fast", "exact"])
+def test_augmented_images_differ_from_the_plain_ones_only_by_the_operations(decode):
     """The crop and the flip come first and draw alike, with and without RandAugment."""
-    image = picture(60, 40)
-    plain, augmented = TrainTransform(16), TrainTransform(16, randaugment=True)
+    image = png(picture(60, 40))
+    plain = TrainTransform(16, decode=decode)
+    augmented = TrainTransform(16, randaugment=True, decode=decode)
     same = 0
     for seed in range(60):
         g = generator(seed)
-        plain_out = plain(image, g)
+        plain_out = finished(*plain(image, g))
         expected = rand_augment(Image.fromarray(plain_out.permute(1, 2, 0).numpy()), g)
-        out = augmented(image, generator(seed))
+        out, flip = augmented(image, generator(seed))
+        assert not flip  # done, as the operations come after it
         assert np.array_equal(out.permute(1, 2, 0).numpy(), np.asarray(expected))
         same += torch.equal(out, plain_out)
     assert 0 < same < 60
@@ -238,6 +264,16 @@ def test_augmented_images_differ_from_the_plain_ones_only_by_the_operations():
 
 def test_without_a_crop_training_sees_what_evaluation_sees():
     image = picture(31, 17, 5)
-    transform = TrainTransform(12, scale=None, flip=0.0)
-    generator = torch.Generator().manual_seed(1)
-    assert torch.equal(transform(image, generator), EvalTransform(12)(image))
+    transform = TrainTransform(12, scale=None, flip=0.0, decode="exact")
+    pixels, flip = transform(png(image), generator(1))
+    assert torch.equal(pixels, EvalTransform(12)(image)) and not flip
+
+
+def test_flips_on_the_device_are_pils():
+    images = [picture(20, 20, seed) for seed in range(4)]
+    batch = torch.stack([EvalTransform(20)(image) for image in images])
+    flip = torch.tensor([True, False, False, True])
+    for out, image, flipped in zip(flip_images(batch, flip), images, flip, strict=True):
+        if flipped:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        assert torch.equal(out, EvalTransform(20)(image))

@@ -1,5 +1,6 @@
 """Image and text processing against the reference's own values (FORMAT.md, facts.json)."""
 
+import io
 import json
 import re
 from pathlib import Path
@@ -16,6 +17,7 @@ from blip2_train.data.transforms import (
     EvalTransform,
     TrainTransform,
     draw_crop,
+    flip_images,
 )
 from blip2_train.models.vision import normalise
 
@@ -73,14 +75,17 @@ def test_the_eval_image(facts, case, tensors, image):
 
 
 def test_the_train_images(facts, case, tensors, image):
-    transform = TrainTransform(case["size"], case["scale"], case["ratio"])
+    transform = TrainTransform(case["size"], case["scale"], case["ratio"], decode="exact")
+    data = io.BytesIO()
+    image.save(data, "PNG")
     for seed, crop in enumerate(case["train_crop_top_left_height_width_by_seed"]):
         generator = torch.Generator().manual_seed(seed)
         left, top, width, height = draw_crop(
             image.size, transform.scale, transform.ratio, generator
         )
         assert [top, left, height, width] == crop
-        ours = normalised(transform(image, torch.Generator().manual_seed(seed)), facts)
+        pixels, flip = transform(data.getvalue(), torch.Generator().manual_seed(seed))
+        ours = normalised(flip_images(pixels[None], torch.tensor([flip]))[0], facts)
         expected = named(tensors, f"train_seed{seed}")
         torch.testing.assert_close(ours, expected, atol=1e-5, rtol=0)
 

@@ -1,0 +1,68 @@
+"""Measure speed and memory against what others use, in one run on one machine.
+
+    blip2-benchmark loader         images from shards to batches, on processors alone
+
+Each prints one table and writes its numbers with --json FILE.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from blip2_train.errors import UserError
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code (2 for a mistake of the user)."""
+    args = _parser().parse_args(argv)
+    try:
+        records = args.run(args)
+        if args.json is not None:
+            args.json.parent.mkdir(parents=True, exist_ok=True)
+            args.json.write_text(json.dumps(records, indent=1) + "\n")
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def run_loader(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Loading images, see `benchmarks/loader.py`."""
+    from blip2_train.benchmarks.loader import run
+
+    return run(args.sizes, args.images, args.workers, args.batch, args.shards)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="blip2-benchmark",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(required=True, metavar="SUBJECT")
+    loader = commands.add_parser("loader", help="images from shards to batches")
+    loader.add_argument(
+        "--sizes", default="341x256,500x375,1365x1024",
+        help="WIDTHxHEIGHT,... of the photographs that are drawn (default %(default)s)",
+    )  # fmt: skip
+    loader.add_argument("--images", type=int, default=1000, help="in all (default %(default)s)")
+    loader.add_argument("--workers", type=int, default=1, help="processes (default %(default)s)")
+    loader.add_argument("--batch", type=int, default=64, help="images (default %(default)s)")
+    loader.add_argument(
+        "--shards", type=Path, metavar="FOLDER",
+        help="of blip2-prepare, in place of drawn photographs",
+    )  # fmt: skip
+    loader.set_defaults(run=run_loader)
+    for command in commands.choices.values():
+        command.add_argument("--json", type=Path, metavar="FILE", help="write the numbers here")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

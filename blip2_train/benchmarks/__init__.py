@@ -1,0 +1,1 @@
+"""What `blip2-benchmark` measures, one module per subject."""
