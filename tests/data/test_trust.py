@@ -40,6 +40,7 @@ from PIL import Image
 
 from blip2_train.data.batch import EvalSample, collate
 from blip2_train.data.check import index_folder, verify_folder
+from blip2_train.data.images import load_rgb
 from blip2_train.data.order import ShuffledOrder
 from blip2_train.data.shards import ShardError, ShardInfo, offsets_path, read_index, write_index
 from blip2_train.data.source import Source, open_source
@@ -120,6 +121,10 @@ def pixels(n: int) -> torch.Tensor:
 
 def as_tensor(image: Image.Image, _: object = None) -> torch.Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def as_train_tensor(data: bytes, _: torch.Generator) -> tuple[torch.Tensor, bool]:
+    return as_tensor(load_rgb(data)), False
 
 
 def header(
@@ -206,7 +211,7 @@ def as_list(samples: list, skipped: list) -> tuple[list, list]:
 def train(source: Source, batch: int | None = None, **changes: object) -> TrainStream:
     return TrainStream(
         [source],
-        {source.name: as_tensor},
+        {source.name: as_train_tensor},
         as_list,
         contrastive_batch=batch or sum(info.samples for info in source.shards),
         seed=SEED,

@@ -429,4 +429,4 @@ def test_a_missing_shard_is_found_before_training(
     shutil.copytree(shards, folder)
     (folder / "train-000001.tar").unlink()
     assert train_in_process(tiny_run(folder, tmp_path, "run")) == 2
-    assert "train-000001.tar is missing" in capsys.readouterr().err
+    assert "'train-000001.tar' is missing" in capsys.readouterr().err
