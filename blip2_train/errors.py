@@ -7,3 +7,7 @@ class UserError(ValueError):
     Entry points print it as one line and exit with code 2; anything else is a bug and keeps its
     traceback.
     """
+
+
+class RankError(UserError):
+    """A `UserError` that one rank meets alone, in the middle of a run."""

@@ -27,7 +27,7 @@ from blip2_train.config import (
     unknown_keys,
     validate,
 )
-from blip2_train.errors import UserError
+from blip2_train.errors import RankError, UserError
 from blip2_train.rules import GROUPS
 
 # With one of these Hydra itself is asked for something; otherwise a training is.
@@ -144,18 +144,19 @@ def run(arguments: list[str]) -> int:
     try:
         train(compose(*_split(arguments)), dry_run=dry_run)
     except UserError as error:
-        return _refuse(str(error))
+        return _refuse(str(error), alone=isinstance(error, RankError))
     _leave_group()
     return 0
 
 
-def _refuse(message: str) -> int:
+def _refuse(message: str, alone: bool = False) -> int:
     """Prints one line on each machine and returns the exit code.
 
-    The other ranks of a machine would repeat it; another machine may have trouble of its own.
+    The other ranks of a machine would repeat it, unless this one is `alone` with it; another
+    machine may have trouble of its own.
     """
     started = launch()
-    if started.local_rank == 0:
+    if started.local_rank == 0 or alone:
         where = f"[rank {started.rank}] " if started.rank else ""
         print(f"{where}error: {message}", file=sys.stderr)
     return 2

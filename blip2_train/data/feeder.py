@@ -5,7 +5,9 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from blip2_train.data.batch import longest_text, text_bucket
+from blip2_train.data.shards import ShardError
 from blip2_train.distributed import PendingMaximum, World, agree_on_maximum
+from blip2_train.errors import RankError
 
 
 class Feeder:
@@ -23,6 +25,9 @@ class Feeder:
 
     Attributes:
         wait_seconds: time spent waiting for the loader, in all.
+
+    Raises:
+        RankError: a shard is unusable, or reading it failed for `data.retry_seconds`.
     """
 
     def __init__(self, batches: Iterable[Any], bucket: int | None, world: World) -> None:
@@ -45,7 +50,12 @@ class Feeder:
 
     def _fetch(self, source: Iterator[Any]) -> tuple[Any, PendingMaximum | None] | None:
         started = time.perf_counter()
-        batch = next(source, None)
+        try:
+            batch = next(source, None)
+        except (OSError, ShardError) as error:
+            # Where a loader worker raised it, the message is a whole traceback.
+            reason = str(error).strip().splitlines()[-1]
+            raise RankError(f"the data cannot be read: {reason}") from error
         self.wait_seconds += time.perf_counter() - started
         if batch is None:
             return None

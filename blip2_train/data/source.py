@@ -154,7 +154,8 @@ def open_unindexed(
                 urls.append(text)
                 continue
             local = _local(text)
-            if not is_remote(text) and Path(local).is_dir():
+            is_folder = ".tar" not in local if is_remote(text) else Path(local).is_dir()
+            if is_folder:
                 local = f"{local}/*.tar"
             found = expand_globs(local)
             missing = [path for path in found if not is_remote(path) and not Path(path).is_file()]

@@ -104,12 +104,18 @@ def open_validation(cfg: Mapping[str, Any]) -> Source | None:
     )
 
 
-def check_locality(locality: int, launch: Launch) -> None:
-    """Refuse parts of the order that do not lie evenly on the machines.
+def check_locality(locality: int, contrastive: int, launch: Launch) -> None:
+    """Refuse parts of the order that do not lie evenly on batches and machines.
 
     Raises:
-        UserError: the machines do not divide `data.locality` (1 is one part for all).
+        UserError: the machines do not divide `data.locality` (1 is one part for all), or it does
+            not divide a contrastive batch.
     """
+    if contrastive % locality:
+        raise UserError(
+            f"batch.size / batch.accumulate = {contrastive} is not divisible by "
+            f"data.locality={locality}; change one of them"
+        )
     nodes = launch.world_size // launch.local_world_size
     if locality > 1 and locality % nodes:
         raise UserError(

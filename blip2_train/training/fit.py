@@ -96,7 +96,7 @@ def fit(cfg: Mapping[str, Any], launch: Launch) -> Path:
     )
     batch = plan_batch(cfg["batch"]["size"], cfg["batch"]["accumulate"], world.size)
 
-    check_locality(cfg["data"]["locality"], launch)
+    check_locality(cfg["data"]["locality"], batch.contrastive, launch)
 
     # 2. where the run stands
     stage = STAGES[cfg["stage"]](cfg)

@@ -1,9 +1,13 @@
-"""Proven here: what the feeder adds to batches, and that it fetches one batch ahead."""
+"""Proven here: what the feeder adds to batches, when it fetches them, what it says of errors."""
 
+import pytest
 import torch
+from torch.utils.data import DataLoader, IterableDataset
 
 from blip2_train.data.feeder import Feeder
+from blip2_train.data.shards import ShardError
 from blip2_train.distributed import World
+from blip2_train.errors import RankError
 
 
 def batch(*lengths: int, width: int = 12) -> dict:
@@ -46,3 +50,23 @@ def test_one_batch_is_fetched_ahead_and_waiting_is_measured(monkeypatch):
         seen.append((one["any"], len(fetched)))
     assert seen == [(0, 2), (1, 3), (2, 3)]
     assert feeder.wait_seconds == 6.0
+
+
+class Broken(IterableDataset):
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def __iter__(self):
+        yield {"any": 1}
+        raise self.error
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("error", [ShardError("a.tar is cut"), OSError(5, "a.tar is cut")])
+def test_an_error_of_the_data_is_one_sentence(workers, error):
+    loader = DataLoader(Broken(error), batch_size=None, num_workers=workers)
+    with pytest.raises(RankError) as caught:
+        list(Feeder(loader, None, World()))
+    message = str(caught.value)
+    assert message.startswith("the data cannot be read: ") and message.endswith("a.tar is cut")
+    assert "\n" not in message

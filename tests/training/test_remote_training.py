@@ -1,6 +1,7 @@
 """Whole runs whose shards are somewhere else, or have no index.
 
 - the server of the shards is killed and started again in the middle: the same run, bit for bit
+- one that stays away ends the run with one sentence
 - `data.mode=stream` trains from the command line and continues
 """
 
@@ -9,7 +10,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from faulty_server import free_port, start_server
+from faulty_server import free_port, serving, start_server
 from tiny import command, run_command, tiny_run, train_in_process
 from whole_runs import assert_same_end, last_checkpoint, one_thread, start
 
@@ -55,6 +56,24 @@ def test_the_server_is_killed_and_started_again(shards: Path, tmp_path: Path) ->
     assert process.wait() == 0, "".join(lines)
     assert any("trying again" in line for line in lines), "the server was not missed"
     assert_same_end(tmp_path / "remote", tmp_path / "alone")
+
+
+def test_a_server_that_stays_away_ends_the_run_with_a_sentence(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with serving(shards) as server:
+        for number in range(20):
+            server.faults[f"train-{number:06d}.tar"] = ["drop"] * 1000
+        changes = {
+            "data.sources.synthetic.shards": server.url,
+            "data.cache_dir": tmp_path / "cache",
+            "data.retry_seconds": 1,
+            "validation.every": "null",
+        }
+        assert train_in_process(tiny_run(shards, tmp_path, "cut", **changes)) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("error: the data cannot be read: http://")
+    assert "train-0000" in error and len(error.splitlines()) == 1
 
 
 def test_tars_without_an_index_train_and_go_on(shards: Path, tmp_path: Path, caplog) -> None:
