@@ -27,8 +27,8 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_server_is_killed_and_started_again(shards: Path, tmp_path: Path) -> None:
-    changes = {"trainer.max_steps": 40, "trainer.log_every": 1, "data.shuffle_window": 1}
-    changes |= {"data.num_workers": 2, "validation.every": "null"}
+    changes = {"trainer.max_steps": 20, "trainer.log_every": 1, "data.shuffle_window": 1}
+    changes |= {"data.num_workers": 1, "validation.every": "null"}
     alone = run_command(tiny_run(shards, tmp_path, "alone", **changes), env=one_thread())
     assert alone.returncode == 0, alone.stderr
     port = free_port()
