@@ -102,6 +102,8 @@ def measure(name: str, stored: Stored) -> dict[str, float]:
         largest that one worker had to itself; `same_shard_pairs`, pairs of samples of one shard
         within batches, in units of what a uniform shuffle of all images would give.
     """
+    # Loaders inherit how this process was started; by default Linux forks their workers.
+    multiprocessing.set_start_method("fork", force=True)
     batches = PIPELINES[name](stored)
     started = time.perf_counter()
     shards = [next(batches)[1]]
