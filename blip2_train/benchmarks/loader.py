@@ -295,7 +295,7 @@ def _table(record: dict[str, Any]) -> Table:
     table = Table(title=f"{record['name']}, {record['device']}", title_justify="left")
     table.add_column("pipeline", no_wrap=True, min_width=max(map(len, PIPELINES)))
     for column in (
-        "CPU ms\nper image", "images per\nCPU second", "times\nthat of\nWebDataset", "first\nbatch, s",
+        "CPU ms\nper image", "images per\nCPU second", "times\nplain", "first\nbatch, s",
         "MiB per\nworker", "pairs of\none shard",
     ):  # fmt: skip
         table.add_column(column, justify="right")
