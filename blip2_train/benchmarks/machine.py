@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import importlib.metadata
 import multiprocessing
+import os
 import platform
 import re
-import resource
+import time
 from pathlib import Path
 
 
@@ -32,9 +33,18 @@ def versions(*packages: str) -> dict[str, str]:
 
 
 def cpu_seconds() -> float:
-    """Processor time of this process and of its children that have ended, user and system."""
-    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(usage.ru_utime + usage.ru_stime for usage in used)
+    """Processor time so far of this process and of its living children, user and system.
+
+    Of children Linux alone tells, in steps of 1/100 s; elsewhere they count as nothing.
+    """
+    total = time.process_time()
+    for child in multiprocessing.active_children():
+        try:
+            fields = Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()
+        except OSError:  # it has ended, or this is no Linux
+            continue
+        total += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return total
 
 
 def private_bytes() -> int:
