@@ -6,7 +6,6 @@ and EXIF blocks of one byte are joined one by one. No size limit notices that.
 
 from __future__ import annotations
 
-import itertools
 import re
 from collections.abc import Iterator
 
@@ -35,7 +34,12 @@ def has_too_many_parts(data: bytes) -> bool:
 
 
 def _more_than(limit: int, parts: Iterator[int]) -> bool:
-    return any(total > limit for total in itertools.accumulate(parts))
+    total = 0
+    for part in parts:
+        total += part
+        if total > limit:
+            return True
+    return False
 
 
 def _jpeg_parts(data: bytes) -> Iterator[int]:

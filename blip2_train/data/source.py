@@ -169,7 +169,7 @@ def open_unindexed(
 
 def join(folder: str, name: str) -> str:
     """The path or URL of a file in a folder."""
-    return f"{folder.rstrip('/')}/{name}" if is_remote(folder) else str(Path(folder) / name)
+    return f"{folder.rstrip('/')}/{name}"
 
 
 def expand_braces(shards: str | Path | Sequence[str]) -> list[str]:

@@ -33,6 +33,7 @@ _EXTENDED = {
     tarfile.XGLTYPE,
     tarfile.SOLARIS_XHDTYPE,
 }
+_OCTAL = re.compile(rb"([0-7]+)[ \0]*")  # a number in a header, as almost every program writes it
 _RENAMES = {"path", "size"}
 _SPARSE = {"GNU.sparse.map", "GNU.sparse.size", "GNU.sparse.major", "GNU.sparse.name"}
 
@@ -112,7 +113,7 @@ def _next_member(file: BinaryIO, start: int) -> tuple[tarfile.TarInfo, int] | No
         if position == start and not block.strip(b"\0"):
             return None
         try:
-            member = tarfile.TarInfo.frombuf(block, "utf-8", "backslashreplace")
+            member = _header(block)
         except tarfile.HeaderError as error:
             raise tarfile.ReadError(f"{error} at byte {position}") from None
         position += tarfile.BLOCKSIZE
@@ -149,6 +150,30 @@ def _next_member(file: BinaryIO, start: int) -> tuple[tarfile.TarInfo, int] | No
             raise tarfile.ReadError(f"{records['size'][:30]!r} is no size, at byte {start}")
         member.size = int(records["size"])
     return member, position + (_padded(member.size) if is_file else 0)
+
+
+def _header(block: bytes) -> tarfile.TarInfo:
+    """Read a header block as `TarInfo.frombuf` does, that of an ordinary file much faster.
+
+    Raises:
+        tarfile.HeaderError: it is none.
+    """
+    name = block[:100].partition(b"\0")[0]
+    size, checksum = _OCTAL.fullmatch(block[124:136]), _OCTAL.fullmatch(block[148:156])
+    if (
+        block[156:157] == tarfile.REGTYPE
+        and not block[345:500].strip(b"\0")  # no more of the name there
+        and name.isascii()
+        and not name.endswith(b"/")
+        and size
+        and checksum
+        and sum(block) - sum(block[148:156]) + 8 * ord(" ") == int(checksum[1], 8)
+        and len(block) == tarfile.BLOCKSIZE
+    ):
+        member = tarfile.TarInfo(name.decode("ascii"))
+        member.size = int(size[1], 8)
+        return member
+    return tarfile.TarInfo.frombuf(block, "utf-8", "backslashreplace")
 
 
 def _pax_records(content: bytes) -> dict[str, str]:

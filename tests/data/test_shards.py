@@ -18,6 +18,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from blip2_train.data import tar as tar_module
 from blip2_train.data.check import index_folder, verify_folder
@@ -33,6 +35,7 @@ from blip2_train.data.shards import (
     write_index,
     write_shard,
 )
+from blip2_train.data.tar import _header
 from blip2_train.errors import UserError
 
 
@@ -421,3 +424,37 @@ def test_a_folder_without_tars_cannot_be_indexed(tmp_path: Path) -> None:
     (tmp_path / "a.tar").write_bytes(b"x" * 600)
     with pytest.raises(UserError, match="can be read"):
         index_folder(tmp_path, None)
+
+
+@given(
+    name=st.one_of(
+        st.text("ab/.\u00e4", min_size=1, max_size=120), st.just("k.jpg"), st.just("a/")
+    ),
+    size=st.one_of(st.integers(0, 2**40), st.just(0)),
+    kind=st.sampled_from([tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.DIRTYPE, tarfile.SYMTYPE]),
+    layout=st.sampled_from([tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]),
+    changes=st.lists(st.tuples(st.integers(0, 511), st.integers(0, 255)), max_size=2),
+    mend=st.booleans(),
+)
+@settings(max_examples=300, deadline=None)
+def test_a_header_is_read_as_tarfile_reads_it(name, size, kind, layout, changes, mend):
+    member = tarfile.TarInfo(name)
+    member.size, member.type = size, kind
+    try:
+        block = bytearray(member.tobuf(layout, "utf-8", "surrogateescape")[-512:])
+    except ValueError:  # too long for the format
+        return
+    for position, value in changes:
+        block[position] = value
+    if mend:
+        total = sum(block) - sum(block[148:156]) + 256
+        block[148:156] = b"%06o\0 " % total
+
+    def read(function, *how):
+        try:
+            found = function(bytes(block), *how)
+        except tarfile.HeaderError as error:
+            return type(error)
+        return found.name, found.size, found.type
+
+    assert read(_header) == read(tarfile.TarInfo.frombuf, "utf-8", "backslashreplace")
