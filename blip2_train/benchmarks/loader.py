@@ -294,9 +294,10 @@ def _ratio(ours: float, theirs: float) -> float | None:
 def _table(record: dict[str, Any]) -> Table:
     table = Table(title=f"{record['name']}, {record['device']}", title_justify="left")
     table.add_column("pipeline", no_wrap=True, min_width=max(map(len, PIPELINES)))
+    missing = ""
     for column in (
         "CPU ms\nper image", "images per\nCPU second", "times\nplain", "first\nbatch, s",
-        "MiB per\nworker", "pairs of\none shard",
+        "MiB a\nworker", "pairs of\none shard",
     ):  # fmt: skip
         table.add_column(column, justify="right")
     rows = {OURS: record["ours"], BASELINE: record["baseline"], **record["others"]}
@@ -304,7 +305,8 @@ def _table(record: dict[str, Any]) -> Table:
     for name in PIPELINES:
         row = rows[name]
         if not row:
-            table.add_row(name, "not installed")
+            table.add_row(name, *"-" * 6)
+            missing += f"; {name} is not installed"
             continue
         table.add_row(
             name,
@@ -318,6 +320,6 @@ def _table(record: dict[str, Any]) -> Table:
     same = "equal torchvision's" if record["equal"] else "DIFFER from torchvision's"
     table.caption = (
         f"pixels of exact {same} to the bit; fast is {record['mean_pixel_difference']:.2f} of 255 "
-        "away from exact on average; pairs: 1 is a uniform shuffle"
+        f"away from exact on average; pairs: 1 is a uniform shuffle{missing}"
     )
     return table
