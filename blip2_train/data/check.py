@@ -54,6 +54,8 @@ def index_folder(
     Raises:
         UserError: there is no tar, none that can be read, or a worker process was killed.
     """
+    if not folder.is_dir():
+        raise UserError(f"there is no folder {folder}")
     paths = sorted(folder.glob("*.tar"))
     if not paths:
         raise UserError(f"{folder} holds no .tar file")

@@ -47,6 +47,7 @@ def with_retries(
                 give_up()
             # Up to half of it more or less: hundreds of ranks would come back all at once.
             pause *= _random.uniform(0.5, 1.5)
-            log.warning("%s: %s; trying again in %.1f s", what, error, pause)
+            reason = str(error) if what in str(error) else f"{what}: {error}"
+            log.warning("%s; trying again in %.1f s", reason, pause)
             time.sleep(pause)
     return attempt()

@@ -248,10 +248,9 @@ def _index_of(folder: str, retry_seconds: float) -> dict[str, ShardInfo]:
     path = Path(folder)
     if not path.is_dir():
         near = sorted(entry.name for entry in path.parent.glob("*") if entry.is_dir())
-        raise UserError(
-            f"there is no such folder; {path.parent} holds {', '.join(near[:20]) or 'no folders'}. "
-            "Make shards with blip2-prepare."
-        )
+        there = f"{path.parent} holds {', '.join(near[:20]) or 'no folders'}"
+        there = there if path.parent.is_dir() else f"nor is {path.parent}"
+        raise UserError(f"there is no such folder; {there}. Make shards with blip2-prepare.")
     return read_index(path)
 
 
