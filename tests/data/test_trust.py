@@ -1074,7 +1074,9 @@ def test_what_an_earlier_indexing_left_may_be_a_strangers_too(folder: Path, toke
 
 
 @pytest.mark.parametrize(
-    "shards", ["pipe:mkdir x", "pipe:cat a.tar", "pipe:", f"pipe:mkdir {CANARY}"]
+    "shards",
+    ["pipe:mkdir x", "pipe:cat a.tar", "pipe:", f"pipe:mkdir {CANARY}"],
+    ids=["folder", "tar", "nothing", "canary"],
 )
 def test_pipes_are_never_run(shards: str) -> None:
     with pytest.raises(UserError) as caught:
