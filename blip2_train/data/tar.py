@@ -33,7 +33,9 @@ _EXTENDED = {
     tarfile.XGLTYPE,
     tarfile.SOLARIS_XHDTYPE,
 }
-_OCTAL = re.compile(rb"([0-7]+)[ \0]*")  # a number in a header, as almost every program writes it
+_OCTAL = re.compile(rb"([0-7]*)[ \0]*")  # a number in a header, as almost every program writes it
+# Of mode, owner, group, time and device, which only have to be numbers.
+_OTHER_NUMBERS = ((100, 108), (108, 116), (116, 124), (136, 148), (329, 337), (337, 345))
 _RENAMES = {"path", "size"}
 _SPARSE = {"GNU.sparse.map", "GNU.sparse.size", "GNU.sparse.major", "GNU.sparse.name"}
 
@@ -166,7 +168,10 @@ def _header(block: bytes) -> tarfile.TarInfo:
         and name.isascii()
         and not name.endswith(b"/")
         and size
+        and size[1]
         and checksum
+        and checksum[1]
+        and all(_OCTAL.fullmatch(block[start:end]) for start, end in _OTHER_NUMBERS)
         and sum(block) - sum(block[148:156]) + 8 * ord(" ") == int(checksum[1], 8)
         and len(block) == tarfile.BLOCKSIZE
     ):

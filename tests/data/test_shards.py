@@ -436,7 +436,7 @@ def test_a_folder_without_tars_cannot_be_indexed(tmp_path: Path) -> None:
     changes=st.lists(st.tuples(st.integers(0, 511), st.integers(0, 255)), max_size=2),
     mend=st.booleans(),
 )
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=500)
 def test_a_header_is_read_as_tarfile_reads_it(name, size, kind, layout, changes, mend):
     member = tarfile.TarInfo(name)
     member.size, member.type = size, kind
