@@ -11,7 +11,6 @@ import contextlib
 import errno
 import getpass
 import hashlib
-import logging
 import os
 import tempfile
 import time
@@ -23,8 +22,6 @@ from typing import Any, BinaryIO
 from filelock import FileLock, Timeout
 
 from blip2_train.errors import UserError
-
-log = logging.getLogger(__name__)
 
 STALL_SECONDS = 60.0  # without a byte: the connection is given up and the fetch tried again
 _LEFTOVER_SECONDS = 3600.0  # a part not written to for so long belongs to a killed process

@@ -9,7 +9,6 @@ many samples were drawn from each source.
 from __future__ import annotations
 
 import itertools
-import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar, get_args
@@ -28,8 +27,6 @@ from blip2_train.data.source import Source, StoredShard
 from blip2_train.data.text import clean_caption
 from blip2_train.errors import UserError
 from blip2_train.seeding import stable_hash
-
-log = logging.getLogger(__name__)
 
 Batch = TypeVar("Batch")
 CaptionChoice = Literal["uniform", "first", "weighted"]
