@@ -104,9 +104,9 @@ def _prepare(
     from tqdm import tqdm
 
     from blip2_train.data.atomic import write_json
+    from blip2_train.data.index import write_index
     from blip2_train.data.plan import check_images, plan_shards
     from blip2_train.data.report import make_report, print_report
-    from blip2_train.data.shards import write_index
     from blip2_train.data.writer import REPORT_NAME, claimed, write_shards
 
     start = time.monotonic()

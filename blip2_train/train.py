@@ -145,6 +145,14 @@ def run(arguments: list[str]) -> int:
         train(compose(*_split(arguments)), dry_run=dry_run)
     except UserError as error:
         return _refuse(str(error), alone=isinstance(error, RankError))
+    except RuntimeError as error:  # of torch's signal handler, wherever the trainer is just then
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        return _refuse(
+            f"a loader process died ({str(error).rstrip('. ')}); if memory ran out, lower "
+            "data.num_workers; the same command goes on from the last checkpoint",
+            alone=True,
+        )
     _leave_group()
     return 0
 

@@ -34,7 +34,8 @@ from blip2_train.benchmarks.pipelines import (
     is_installed,
 )
 from blip2_train.data.images import encode_jpeg, load_rgb
-from blip2_train.data.shards import ShardReader, read_index, write_index, write_shard
+from blip2_train.data.index import read_index, write_index
+from blip2_train.data.shards import ShardReader, write_shard
 from blip2_train.data.tokenizer import train_tokenizer
 from blip2_train.data.transforms import TrainTransform, flip_images
 from blip2_train.errors import UserError

@@ -12,18 +12,14 @@ import numpy as np
 from tqdm import tqdm
 
 from blip2_train.data.atomic import write_json
+from blip2_train.data.index import ShardInfo, is_plain_name, read_index, split_of, write_index
 from blip2_train.data.processes import run_tasks
 from blip2_train.data.shards import (
     ShardError,
-    ShardInfo,
     ShardReader,
     file_sha256,
-    is_plain_name,
     offsets_path,
-    read_index,
     scan_tar,
-    split_of,
-    write_index,
     write_offsets,
 )
 from blip2_train.errors import UserError

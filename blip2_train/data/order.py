@@ -280,10 +280,7 @@ class Mixture:
             return {self.names[0]: counts[self.names[0]] + length}
         target = sum(counts[name] for name in self.names) + length
         late = self._counts_at(counts, 1)
-        low, high = (
-            0,
-            1,
-        )  # less than `length` samples are drawn by `low`, at least so many by `high`
+        low, high = 0, 1  # by `low` fewer samples than `target` are drawn, by `high` no fewer
         while sum(late.values()) < target:
             low, high = high, 2 * high
             late = self._counts_at(counts, high)

@@ -12,14 +12,9 @@ from typing import Literal
 
 from blip2_train.data.remote import Cache, MissingFile, WrongSize, default_cache_dir, is_remote
 from blip2_train.data.retries import with_retries
-from blip2_train.data.shards import (
-    OFFSETS_SUFFIX,
-    RawSample,
-    ShardError,
-    ShardReader,
-    offsets_bytes,
-)
+from blip2_train.data.shards import OFFSETS_SUFFIX, ShardError, ShardReader, offsets_bytes
 from blip2_train.data.source import RETRY_SECONDS, StoredShard
+from blip2_train.data.tar import RawSample
 
 log = logging.getLogger(__name__)
 

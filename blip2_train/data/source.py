@@ -12,15 +12,10 @@ from pathlib import Path
 
 from braceexpand import braceexpand
 
+from blip2_train.data.index import INDEX_NAME, ShardInfo, parse_index, read_index
 from blip2_train.data.remote import MissingFile, file_system, is_remote, read_remote
 from blip2_train.data.retries import with_retries
-from blip2_train.data.shards import (
-    INDEX_NAME,
-    OFFSETS_SUFFIX,
-    ShardInfo,
-    parse_index,
-    read_index,
-)
+from blip2_train.data.shards import OFFSETS_SUFFIX
 from blip2_train.errors import UserError
 
 RETRY_SECONDS = 120.0  # a file server that fails over needs some

@@ -22,8 +22,9 @@ from blip2_train.data.batch import EvalSample, Sample, Skipped, sample_id
 from blip2_train.data.images import BadImage, load_rgb
 from blip2_train.data.order import Mixture, PartedOrder, micro_batch
 from blip2_train.data.pool import Reading, ShardPool
-from blip2_train.data.shards import RawSample, SampleError, ShardError
+from blip2_train.data.shards import ShardError
 from blip2_train.data.source import Source, StoredShard
+from blip2_train.data.tar import RawSample, SampleError
 from blip2_train.data.text import clean_caption
 from blip2_train.errors import UserError
 from blip2_train.seeding import stable_hash

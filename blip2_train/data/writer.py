@@ -17,9 +17,10 @@ from typing import Any
 
 from blip2_train.data.atomic import TEMP_SUFFIX, write_json
 from blip2_train.data.images import BadImage
+from blip2_train.data.index import ShardInfo
 from blip2_train.data.plan import Item, PlannedShard
 from blip2_train.data.processes import run_tasks
-from blip2_train.data.shards import ShardInfo, offsets_path, write_shard
+from blip2_train.data.shards import offsets_path, write_shard
 from blip2_train.data.tar import SampleError, raw_sample
 from blip2_train.errors import UserError
 

@@ -21,6 +21,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch.utils.data import DataLoader
 
 from blip2_train.data.batch import EvalSample, Sample
+from blip2_train.data.index import write_index
 from blip2_train.data.language import (
     LanguageTokenizer,
     decode,
@@ -37,7 +38,7 @@ from blip2_train.data.language_batch import (
     collate_eval_seq2seq,
     collate_seq2seq,
 )
-from blip2_train.data.shards import write_index, write_shard
+from blip2_train.data.shards import write_shard
 from blip2_train.data.source import open_source
 from blip2_train.data.stream import EvalStream, TrainStream
 from blip2_train.data.tokenizer import train_tokenizer

@@ -23,8 +23,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from blip2_train.data.index import read_index
 from blip2_train.data.plan import Item, PlannedShard, plan_shards
-from blip2_train.data.shards import RawSample, ShardReader, read_index
+from blip2_train.data.shards import ShardReader
+from blip2_train.data.tar import RawSample
 from blip2_train.data.tokenizer import train_tokenizer
 from blip2_train.data.writer import claimed, write_shards
 from blip2_train.errors import UserError

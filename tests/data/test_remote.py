@@ -27,9 +27,10 @@ from torch.utils.data import DataLoader
 
 from blip2_train.data import remote as remote_module
 from blip2_train.data import retries
+from blip2_train.data.index import write_index
 from blip2_train.data.pool import Reading, ShardPool
 from blip2_train.data.remote import Cache, MissingFile, WrongSize
-from blip2_train.data.shards import ShardError, write_index, write_shard
+from blip2_train.data.shards import ShardError, write_shard
 from blip2_train.data.source import open_source, open_unindexed
 from blip2_train.data.stream import TrainStream
 from blip2_train.errors import UserError

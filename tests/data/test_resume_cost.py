@@ -18,7 +18,8 @@ from torch.utils.data import DataLoader
 
 from blip2_train.data import shards as shards_module
 from blip2_train.data.batch import Sample, Skipped
-from blip2_train.data.shards import ShardReader, offsets_path, write_index, write_shard
+from blip2_train.data.index import write_index
+from blip2_train.data.shards import ShardReader, offsets_path, write_shard
 from blip2_train.data.source import open_source
 from blip2_train.data.stream import TrainStream
 from blip2_train.data.transforms import TrainTransform

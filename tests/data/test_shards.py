@@ -23,19 +23,9 @@ from hypothesis import strategies as st
 
 from blip2_train.data import tar as tar_module
 from blip2_train.data.check import index_folder, verify_folder
-from blip2_train.data.shards import (
-    SampleError,
-    ShardError,
-    ShardInfo,
-    ShardReader,
-    offsets_path,
-    read_index,
-    scan_tar,
-    split_of,
-    write_index,
-    write_shard,
-)
-from blip2_train.data.tar import _header
+from blip2_train.data.index import ShardInfo, read_index, split_of, write_index
+from blip2_train.data.shards import ShardError, ShardReader, offsets_path, scan_tar, write_shard
+from blip2_train.data.tar import SampleError, _header
 from blip2_train.errors import UserError
 
 

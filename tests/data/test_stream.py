@@ -33,8 +33,9 @@ from torch.utils.data import DataLoader
 from blip2_train.data import retries
 from blip2_train.data.batch import EvalSample, collate, collate_eval, sample_id
 from blip2_train.data.images import load_rgb
+from blip2_train.data.index import write_index
 from blip2_train.data.pool import Reading, ShardPool
-from blip2_train.data.shards import ShardError, ShardReader, write_index, write_shard
+from blip2_train.data.shards import ShardError, ShardReader, write_shard
 from blip2_train.data.source import open_source
 from blip2_train.data.stream import EvalStream, TrainStream
 from blip2_train.data.text import load_text_tokenizer

@@ -18,7 +18,8 @@ import pytest
 from PIL import Image
 
 from blip2_train.data.drawing import BACKGROUNDS, COLOURS, PLACES
-from blip2_train.data.shards import ShardReader, read_index
+from blip2_train.data.index import read_index
+from blip2_train.data.shards import ShardReader
 from blip2_train.data.synthetic import (
     ONE,
     TWO,

@@ -41,8 +41,9 @@ from PIL import Image
 from blip2_train.data.batch import EvalSample, collate
 from blip2_train.data.check import index_folder, verify_folder
 from blip2_train.data.images import load_rgb
+from blip2_train.data.index import ShardInfo, read_index, write_index
 from blip2_train.data.order import ShuffledOrder
-from blip2_train.data.shards import ShardError, ShardInfo, offsets_path, read_index, write_index
+from blip2_train.data.shards import ShardError, offsets_path
 from blip2_train.data.source import Source, open_source
 from blip2_train.data.stream import EvalStream, TrainStream
 from blip2_train.data.text import clean_caption, load_text_tokenizer

@@ -9,7 +9,9 @@ ends with one sentence and exit code 2.
 """
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import time
 from pathlib import Path
@@ -25,7 +27,9 @@ from whole_runs import (
     kill_in_the_middle,
     last_checkpoint,
     one_thread,
+    pids_of,
     rows,
+    start,
 )
 
 from blip2_train.checkpoint import io
@@ -50,6 +54,25 @@ def test_killed_and_continued_is_bit_for_bit_undisturbed(
     assert done.returncode == 0, done.stderr
     assert "continuing" in done.stdout
     assert_same_end(tmp_path / "killed", undisturbed)
+
+
+def test_a_loader_process_that_is_killed_ends_the_run_with_a_sentence(
+    shards: Path, tmp_path: Path
+) -> None:
+    overrides = tiny_run(shards, tmp_path, "killed", **{"data.num_workers": 2})
+    process = start(command(overrides, 1))
+    assert process.stdout is not None
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if "step 6/" in line:
+            loader = max(set(pids_of(f"run.dir={tmp_path}")) - {process.pid})
+            os.kill(loader, signal.SIGKILL)
+            break
+    lines += process.stdout.readlines()
+    process.stdout.close()
+    assert process.wait() == 2, "".join(lines)
+    assert [line for line in lines if line.startswith("error: a loader process died")], lines
 
 
 def test_killed_and_continued_on_three_processes(shards: Path, tmp_path: Path) -> None:
@@ -338,7 +361,8 @@ def test_losses_turned_off_freeze_what_they_do_not_reach(
 
 
 def test_samples_that_cannot_be_decoded_are_written_down(tmp_path: Path) -> None:
-    from blip2_train.data.shards import read_index, write_index, write_shard
+    from blip2_train.data.index import read_index, write_index
+    from blip2_train.data.shards import write_shard
 
     folder = tmp_path / "shards"
     options = (

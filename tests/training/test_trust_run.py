@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from tiny import tiny_run, train_in_process
 
-from blip2_train.data.shards import read_index
+from blip2_train.data.index import read_index
 from blip2_train.prepare import main as prepare
 
 
