@@ -79,8 +79,6 @@ def verify_folder(folder: Path, workers: int = 1) -> tuple[int, list[str]]:
     Raises:
         UserError: there is no folder or no index, or a worker process was killed.
     """
-    if not folder.is_dir():
-        raise UserError(f"there is no folder {folder}")
     shards = read_index(folder)
     tars = sorted(folder.glob("*.tar"))
     bad = [f"{path} is not in the index" for path in tars if path.name not in shards]

@@ -37,6 +37,8 @@ def read_index(folder: Path) -> dict[str, ShardInfo]:
         UserError: there is no index, or it is not one.
     """
     path = Path(folder) / INDEX_NAME
+    if not path.parent.is_dir():
+        raise UserError(f"there is no folder {folder}")
     if path.exists() and not path.is_file():  # opening a FIFO would wait for ever
         raise UserError(f"{path} is not a regular file")
     try:

@@ -127,11 +127,12 @@ def write_report(
         f"{alone['grounding_gap']:.2f} nats per token against another one.",
     ]
     captioned = _captioned(world, measured)
+    of_what = "the image" if world.objects == 1 else "one object or the other"
     sections = [
         Section(
             "Captions",
-            "Held-out scenes and what each stage says of them. Green words are true of the image; "
-            "underlined ones are not.",
+            "Held-out scenes and what each stage says of them. Green words are true of "
+            f"{of_what}; underlined ones are not.",
             rows=captioned,
         ),
         Section(
