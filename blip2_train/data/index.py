@@ -34,7 +34,7 @@ def read_index(folder: Path) -> dict[str, ShardInfo]:
         Shards by file name, in the order of the file.
 
     Raises:
-        UserError: there is no index, or it is not one.
+        UserError: there is no folder, no index, or it is not one.
     """
     path = Path(folder) / INDEX_NAME
     if not path.parent.is_dir():
