@@ -32,6 +32,7 @@ class RunState:
         wandb_id: of the W&B run.
         scores: {step: validation score}, higher is better.
         skips: steps skipped for a non-finite gradient: in all, in a row now, in a row at most.
+        counted: since the last line of the log (see `Monitor.counted`).
         origin: checkpoint that `resume.from=PATH` started this run from, "" for none.
         world_size: number of processes.
     """
@@ -44,6 +45,7 @@ class RunState:
     wandb_id: str | None = None
     scores: dict[int, float] = field(default_factory=dict)
     skips: list[int] = field(default_factory=lambda: [0, 0, 0])
+    counted: dict[str, Any] = field(default_factory=dict)
     origin: str = ""
     world_size: int = 1
 
@@ -51,6 +53,7 @@ class RunState:
         """Takes over what a checkpoint says of the run so far."""
         for name in ("step", "drawn", "wandb_id", "scores", "skips"):
             setattr(self, name, checkpoint[name])
+        self.counted = checkpoint.get("counted", {})  # older files have none
 
 
 def trained_state(model: nn.Module, frozen_prefixes: tuple[str, ...]) -> dict[str, Tensor]:
@@ -88,6 +91,7 @@ class Checkpointing(pl.Callback):
         drawn_after: samples drawn from each source after so many micro-batches of this start.
         frozen_prefixes: parts of the model that are not stored.
         paused: stops the speed clock while a checkpoint is written.
+        counted: of the monitor, called on all ranks.
         every: optimizer steps between saves.
         keep_last: newest files kept.
         keep_every: files at multiples of it are kept; None: no such rule.
@@ -102,6 +106,7 @@ class Checkpointing(pl.Callback):
         drawn_after: Callable[[int], dict[str, int]],
         frozen_prefixes: tuple[str, ...],
         paused: Callable[[], contextlib.AbstractContextManager[None]],
+        counted: Callable[[pl.LightningModule], dict[str, Any]],
         *,
         every: int,
         keep_last: int,
@@ -114,6 +119,7 @@ class Checkpointing(pl.Callback):
         self.drawn_after = drawn_after
         self.frozen_prefixes = frozen_prefixes
         self.paused = paused
+        self.counted = counted
         self.every = every
         self.keep = {"keep_last": keep_last, "keep_every": keep_every, "keep_best": keep_best}
         self.resume = resume
@@ -148,6 +154,7 @@ class Checkpointing(pl.Callback):
         done = (state.step - self.start_step) * trainer.accumulate_grad_batches
         state.drawn = self.drawn_after(done)
         state.skips = pl_module.skips.tolist()  # type: ignore[operator]
+        state.counted = self.counted(pl_module)
         failure = None
         if world.rank == 0:
             content = {

@@ -139,6 +139,7 @@ def fit(cfg: Mapping[str, Any], launch: Launch) -> Path:
         feeder,
         skipped,
         stream.epochs_after,
+        state.counted,
         start_step=state.step,
         log_every=cfg["trainer"]["log_every"],
         max_consecutive_skips=cfg["trainer"]["max_consecutive_skips"],
@@ -150,6 +151,7 @@ def fit(cfg: Mapping[str, Any], launch: Launch) -> Path:
         stream.drawn_after,
         stage.frozen_prefixes,
         monitor.paused,
+        monitor.counted,
         resume=resume,
         **cfg["checkpoint"],
     )

@@ -105,7 +105,8 @@ class StageModule(pl.LightningModule, abc.ABC):
         # seeded by the step: a resumed run needs no stored generator
         torch.manual_seed(stable_hash("dropout", self.seed, step, part, world.rank))
         out = self.step(batch, step, part, world)
-        self.meter.add(out)
+        # every step weighs the same, also where a resumed run cuts its batch in another way
+        self.meter.add(out, weight=1 / (world.size * self.batch.accumulate))
         return out["loss"]
 
     def configure_optimizers(self) -> torch.optim.Optimizer:

@@ -7,7 +7,7 @@ import resource
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from typing import Any
 
@@ -32,6 +32,7 @@ class Monitor(pl.Callback):
         feeder: knows how long training waited for data.
         skipped: where unusable samples are written down (rank 0).
         epochs_after: epochs of each source after so many micro-batches of this start.
+        counted: of `counted()` when the run was saved; empty: nothing yet.
         start_step: optimizer steps done before this start.
         log_every: optimizer steps between lines.
         max_consecutive_skips: non-finite steps in a row after which the run stops.
@@ -43,6 +44,7 @@ class Monitor(pl.Callback):
         feeder: Feeder,
         skipped: SkippedLog | None,
         epochs_after: Callable[[int], dict[str, float]],
+        counted: Mapping[str, Any],
         *,
         start_step: int,
         log_every: int,
@@ -59,7 +61,8 @@ class Monitor(pl.Callback):
         self.keys: deque[list[str]] = deque(maxlen=log_every + max_consecutive_skips)  # per step
         self.step_keys: list[str] = []
         self.skipped: list[Any] = []  # of this rank since the last line
-        self.totals = {"used": 0, "skipped": 0}  # over all ranks since the start
+        self.totals = {"used": 0, "skipped": 0}  # over all ranks, up to the last line
+        self.saved = counted
         self.last_step = start_step
         self.bar: tqdm | None = None
 
@@ -77,11 +80,44 @@ class Monitor(pl.Callback):
         yield
         self.window_start += time.perf_counter() - started
 
+    # -- what a checkpoint keeps -----------------------------------------------------------------
+
+    def counted(self, pl_module: Any) -> dict[str, Any]:
+        """What the next line is made of, so that a run killed before it writes the same line.
+
+        All ranks call it; it waits for the device.
+
+        Returns:
+            `sums` of every rank's meter, `skipped` samples that are not in skipped.jsonl yet,
+            `totals` up to the last line.
+        """
+        world = current_world()
+        sums = pl_module.meter.sums
+        own = {"sums": None if sums is None else sums.tolist(), "skipped": self.skipped}
+        ranks = gather_objects(own, world)
+        return {
+            "sums": [rank["sums"] for rank in ranks if rank["sums"] is not None],
+            "skipped": [line for rank in ranks for line in rank["skipped"]],
+            "totals": dict(self.totals),
+        }
+
+    def _restore(self, pl_module: Any) -> None:
+        if not self.saved:
+            return
+        world = current_world()
+        own = self.saved["sums"][world.rank :: world.size]  # there may be other ranks now
+        if own:
+            sums = torch.tensor(own, dtype=torch.float64, device=pl_module.device)
+            pl_module.meter.sums = sums.sum(dim=0)
+        self.skipped = list(self.saved["skipped"]) if world.rank == 0 else []
+        self.totals = dict(self.saved["totals"])
+
     # -- hooks -----------------------------------------------------------------------------------
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Rehearses a step, measures the device's ceiling and opens the progress bar."""
         self.flops_per_sample = rehearse(trainer, pl_module)
+        self._restore(pl_module)
         self.ceiling = matmul_ceiling(pl_module.device, trainer.precision)
         self.levels = pl_module.levels(pl_module.batch.contrastive)
         self.samples_per_step = pl_module.batch.size
