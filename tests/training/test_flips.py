@@ -21,7 +21,7 @@ def taken(batch: dict[str, Any]) -> dict[str, Any]:
         batch=SimpleNamespace(accumulate=1),
         seed=0,
         step=step,
-        meter=SimpleNamespace(add=lambda out: None),
+        meter=SimpleNamespace(add=lambda out, weight: None),
     )
     StageModule.training_step(module, batch, 0)  # type: ignore[arg-type]
     return seen[0]
