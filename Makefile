@@ -16,7 +16,7 @@ test: $(READY)
 	$(PYTEST)
 
 test-all: $(READY)
-	$(PYTEST) -m "not gpu and not network"
+	$(PYTEST) -m "not gpu and not network" --kills 50 --preemptions 10
 
 lint: $(READY)
 	$(BIN)/ruff check .

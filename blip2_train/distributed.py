@@ -5,8 +5,11 @@ the launcher started. Row r of rank k is global row k * B + r.
 """
 
 import functools
+import itertools
 import os
+from collections import Counter
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -27,6 +30,33 @@ class World:
     size: int = 1
 
 
+@dataclass
+class Traffic:
+    """Bytes that this rank has exchanged with others since the start, {kind: bytes}.
+
+    Kinds are "gathered" (features, texts and row numbers), "summed" (counts and gradients of
+    gathered features) and "rows" (images that were drawn as negatives, and their gradients).
+    Gathering and summing count as on a ring, the least that is possible: a gather of n times b
+    bytes brings (n - 1) b, a sum of b bytes 2 (n - 1) / n b.
+    """
+
+    sent: Counter[str] = field(default_factory=Counter)
+    received: Counter[str] = field(default_factory=Counter)
+
+    def count(self, kind: str, sent: float, received: float) -> None:
+        """Adds one collective."""
+        self.sent[kind] += round(sent)
+        self.received[kind] += round(received)
+
+
+traffic = Traffic()
+
+
+def ring_sum_bytes(size: float, ranks: int) -> float:
+    """Bytes that each of `ranks` sends, and receives, to sum `size` bytes over all of them."""
+    return 2 * (ranks - 1) / ranks * size
+
+
 def current_world() -> World:
     """All processes of the default group, or this one alone."""
     if dist.is_available() and dist.is_initialized():
@@ -44,6 +74,8 @@ def all_gather(tensor: Tensor, world: World) -> Tensor:
     tensor = tensor.detach().contiguous()
     gathered = tensor.new_empty((world.size * tensor.shape[0], *tensor.shape[1:]))
     dist.all_gather_into_tensor(gathered, tensor)
+    others = gathered.nbytes - tensor.nbytes
+    traffic.count("gathered", others, others)
     return gathered
 
 
@@ -64,7 +96,7 @@ class _AllGather(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         # gloo has no reduce-scatter for every dtype; the features are small (B x Q x E)
         grad = grad.clone(memory_format=torch.contiguous_format)  # autograd may share it
-        dist.all_reduce(grad)
+        _sum(grad, ctx.world)
         return grad.chunk(ctx.world.size)[ctx.world.rank], None
 
 
@@ -73,8 +105,14 @@ def all_reduce_sum(tensor: Tensor, world: World) -> Tensor:
     if world.size == 1:
         return tensor.detach()
     total = tensor.detach().clone()
-    dist.all_reduce(total)
+    _sum(total, world)
     return total
+
+
+def _sum(tensor: Tensor, world: World) -> None:
+    dist.all_reduce(tensor)
+    moved = ring_sum_bytes(tensor.nbytes, world.size)
+    traffic.count("summed", moved, moved)
 
 
 def broadcast_tensors(tensors: list[Tensor], world: World) -> None:
@@ -132,7 +170,14 @@ def barrier(world: World) -> None:
 
 
 def start(
-    rank: int, local_rank: int, world_size: int, address: str, port: int, *, cuda: bool
+    rank: int,
+    local_rank: int,
+    world_size: int,
+    address: str,
+    port: int,
+    *,
+    cuda: bool,
+    timeout: float,
 ) -> World:
     """Joins the other ranks: NCCL between GPUs, gloo between CPUs, and gloo between hosts.
 
@@ -143,15 +188,44 @@ def start(
         address: host of rank 0.
         port: of its store.
         cuda: whether tensors live on GPUs.
+        timeout: seconds after which a collective that nobody answers is an error.
     """
     if world_size == 1:
         return World()
     if cuda:
         torch.cuda.set_device(local_rank)
     os.environ |= {"MASTER_ADDR": address, "MASTER_PORT": str(port)}
-    dist.init_process_group("nccl" if cuda else "gloo", rank=rank, world_size=world_size)
+    global _timeout
+    _timeout = timedelta(seconds=timeout)
+    dist.init_process_group(
+        "nccl" if cuda else "gloo",
+        # the runs of a sweep share one store: the keys of the one before would answer the next
+        store=dist.PrefixStore(f"run{next(_STARTED)}", _store(rank, world_size)),
+        rank=rank,
+        world_size=world_size,
+        timeout=_timeout,
+    )
     _host_group()
     return World(rank, world_size)
+
+
+_STARTED = itertools.count()
+_timeout = timedelta(minutes=30)  # of collectives between hosts
+
+
+@functools.lru_cache(maxsize=1)
+def _store(rank: int, world_size: int) -> dist.Store:
+    """The launcher's store, or rank 0's, for the life of this process."""
+    return next(iter(dist.rendezvous("env://", rank, world_size)))[0]
+
+
+def stop() -> None:
+    """Leaves the other ranks; a next `start` joins them anew.
+
+    After success only: after a failure they may wait in a collective for ever.
+    """
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _host_group() -> dist.ProcessGroup:
@@ -161,7 +235,7 @@ def _host_group() -> dist.ProcessGroup:
 
 @functools.lru_cache(maxsize=1)
 def _beside(world_group: Any) -> dist.ProcessGroup:  # a new default group needs a new one beside it
-    group = dist.new_group(backend="gloo")
+    group = dist.new_group(backend="gloo", timeout=_timeout)
     assert isinstance(group, dist.ProcessGroup)
     return group
 
@@ -233,12 +307,14 @@ class ExchangePlan:
         send_counts: rows to each rank.
         receive_counts: rows from each rank.
         position: int64 [R], where in the received rows each wanted row stands.
+        rank: whose plan it is.
     """
 
     send_rows: Tensor
     send_counts: list[int]
     receive_counts: list[int]
     position: Tensor = field(repr=False)
+    rank: int
 
 
 def plan_exchange(wanted: Tensor, rows_per_rank: int, world: World) -> ExchangePlan:
@@ -258,6 +334,7 @@ def plan_exchange(wanted: Tensor, rows_per_rank: int, world: World) -> ExchangeP
         send_counts=[len(s) for s in send],
         receive_counts=torch.bincount(own // rows_per_rank, minlength=world.size).tolist(),
         position=torch.searchsorted(own, wanted[world.rank]),
+        rank=world.rank,
     )
 
 
@@ -267,19 +344,24 @@ class _ExchangeRows(torch.autograd.Function):
         ctx.plan, ctx.shape = plan, rows.shape
         ctx.send_rows = plan.send_rows.to(rows.device, non_blocking=True)
         return _all_to_all(
-            rows.index_select(0, ctx.send_rows), plan.send_counts, plan.receive_counts
+            rows.index_select(0, ctx.send_rows), plan.send_counts, plan.receive_counts, plan.rank
         )
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         plan: ExchangePlan = ctx.plan
-        returned = _all_to_all(grad.contiguous(), plan.receive_counts, plan.send_counts)
+        returned = _all_to_all(grad.contiguous(), plan.receive_counts, plan.send_counts, plan.rank)
         return grad.new_zeros(ctx.shape).index_add_(0, ctx.send_rows, returned), None
 
 
-def _all_to_all(rows: Tensor, send_counts: list[int], receive_counts: list[int]) -> Tensor:
+def _all_to_all(
+    rows: Tensor, send_counts: list[int], receive_counts: list[int], rank: int
+) -> Tensor:
     if len(send_counts) == 1:
         return rows
     received = rows.new_empty((sum(receive_counts), *rows.shape[1:]))
     dist.all_to_all_single(received, rows, receive_counts, send_counts)
+    row = rows[:1].nbytes or received[:1].nbytes
+    own = send_counts[rank]  # these do not leave the rank
+    traffic.count("rows", (sum(send_counts) - own) * row, (sum(receive_counts) - own) * row)
     return received

@@ -10,4 +10,7 @@ class UserError(ValueError):
 
 
 class RankError(UserError):
-    """A `UserError` that one rank meets alone, in the middle of a run."""
+    """Trouble from outside that one rank meets alone, in the middle of a run: exit code 3.
+
+    Nothing that was given is wrong, so the same command may well go on.
+    """

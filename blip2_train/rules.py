@@ -83,6 +83,7 @@ NUMBERS: dict[str, tuple[float, float]] = {
     "data.flip": (0, 1),
     "data.max_skip_fraction": (0, 1),
     "data.retry_seconds": (0, math.inf),
+    "trainer.hang_seconds": (1, 1e6),
     "loss.smoothing": (0, 1 - 1e-9),
     "loss.itc.smoothing": (0, 1 - 1e-9),
     "loss.lm.smoothing": (0, 1 - 1e-9),
@@ -120,6 +121,7 @@ TEXTS = {
     "data.cache_dir": False,
     "run.dir": False,
     "run.name": False,
+    "sweep.name": False,
 }
 TEXTS |= {"resume.from": False, "text.tokenizer": False, "vision.name": False}
 TEXTS |= {"vision.weights": False, "qformer.init": False, "wandb.project": False}

@@ -4,8 +4,11 @@
     blip2-train experiment=stage1_vitg --dry-run
     torchrun --nproc-per-node 8 --module blip2_train.train experiment=stage1_vitg
 
-The same command again continues the run. Exit codes: 0 finished, 2 something given is wrong (one
-sentence says what), 1 a bug (with its traceback).
+    blip2-train -m experiment=stage1_flickr8k_tiny optimizer.lr=1e-4,3e-4
+
+The same command again continues the run (with -m: the sweep). Exit codes: 0 finished; 2 something
+given is wrong, one sentence says what; 3 trouble from outside, such as a data server or another
+process that is gone; 128 + n signal n ended the run, which was saved; 1 a bug, with its traceback.
 """
 
 import logging
@@ -15,9 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from blip2_train import signals, slurm, sweep
 from blip2_train.config import (
     Launch,
     conf_dir,
@@ -39,18 +45,20 @@ HYDRA_FLAGS = re.compile(
 OPEN_KEYS = ("data.sources.", *GROUPS)
 
 
-def train(cfg: DictConfig, *, dry_run: bool = False) -> Path | None:
+def train(cfg: DictConfig, *, dry_run: bool = False, patient: bool = False) -> Path | None:
     """Trains what a composed configuration says.
 
     Args:
         cfg: composed from `conf/train.yaml`.
         dry_run: show what would be trained instead.
+        patient: wait for another process that trains in the run's folder, instead of refusing.
 
     Returns:
         The run's folder.
 
     Raises:
         UserError: something in the configuration or on the disk is wrong.
+        Stopped: a signal ended the run; where it asked for that, Slurm will start it again.
     """
     started = launch()
     plain = to_plain(cfg)
@@ -64,9 +72,15 @@ def train(cfg: DictConfig, *, dry_run: bool = False) -> Path | None:
 
         describe(plain, started)
         return None
-    from blip2_train.training.fit import fit
+    with signals.caught():
+        try:
+            from blip2_train.training.fit import fit
 
-    return fit(plain, started)
+            return fit(plain, started, patient=patient)
+        except signals.Stopped as stopped:
+            if stopped.number in signals.REQUEUE:
+                slurm.requeue(started.rank)
+            raise
 
 
 def compose(overrides: list[str], config_dirs: tuple[str, ...] = ()) -> DictConfig:
@@ -126,48 +140,130 @@ def compose(overrides: list[str], config_dirs: tuple[str, ...] = ()) -> DictConf
 
 def run(arguments: list[str]) -> int:
     """Runs a command line and returns the exit code."""
-    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stdout)
-    level = logging.INFO if launch().rank == 0 else logging.ERROR
-    logging.getLogger("blip2_train").setLevel(level)
-    # torch warns of every enum that torchao registers when it is imported.
-    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
+    _set_up_logging()
     dry_run = "--dry-run" in arguments
     arguments = [a for a in arguments if a != "--dry-run"]
     # `resume=never` is short for `resume.from=never`
     arguments = [re.sub(r"^resume=", "resume.from=", a) for a in arguments]
     if any(re.fullmatch("-m|--multirun", a) for a in arguments):
-        return _refuse("sweeps (-m) are not supported yet; start one run per configuration")
+        return run_sweep([a for a in arguments if a not in ("-m", "--multirun")], dry_run)
     if any(HYDRA_FLAGS.fullmatch(a) for a in arguments):
         sys.argv[1:] = arguments
         _hydra_main()
         return 0
     try:
         train(compose(*_split(arguments)), dry_run=dry_run)
+    except signals.Stopped as stopped:
+        return 128 + stopped.number
     except UserError as error:
-        return _refuse(str(error), alone=isinstance(error, RankError))
-    except RuntimeError as error:  # of torch's signal handler, wherever the trainer is just then
-        if not str(error).startswith("DataLoader worker"):
+        return _refuse(error)
+    except RuntimeError as error:
+        if (reason := _outside(error)) is None:
             raise
-        return _refuse(
-            f"a loader process died ({str(error).rstrip('. ')}); if memory ran out, lower "
-            "data.num_workers; the same command goes on from the last checkpoint",
-            alone=True,
-        )
+        return _refuse(RankError(reason))
     _leave_group()
     return 0
 
 
-def _refuse(message: str, alone: bool = False) -> int:
+def _set_up_logging() -> None:
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stdout)
+    level = logging.INFO if launch().rank == 0 else logging.ERROR
+    logging.getLogger("blip2_train").setLevel(level)
+    # torch warns of every enum that torchao registers when it is imported.
+    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
+
+
+def run_sweep(arguments: list[str], dry_run: bool = False) -> int:
+    """Runs a sweep and returns the exit code: 0 where every run is finished, else 2.
+
+    All its configurations are checked before the first one is trained; one that fails in training
+    does not stop the others.
+    """
+    try:
+        overrides, folders = _split(arguments)
+        jobs = sweep.jobs(overrides)
+        for job in jobs:
+            cfg = compose(job, folders)
+            if dry_run:
+                print(f"\n{' '.join(job)}")
+                train(cfg, dry_run=True)
+            else:
+                validate(to_plain(cfg))
+    except UserError as error:
+        return _refuse(error)
+    if dry_run:
+        return 0
+    folder = Path(cfg.run.dir) / cfg.sweep.name
+    fixed = sorted({o.split("=", 1)[0].lstrip("+~") for o in overrides} - sweep.keys(overrides))
+    names = f"hydra.job.config.override_dirname.exclude_keys=[{','.join(fixed)}]"
+    sys.argv[1:] = ["-m", *arguments, names]
+    try:
+        _hydra_main()
+    except KeyboardInterrupt:
+        print(f"stopped; {sweep.LATER}", file=sys.stderr)
+    finally:
+        if launch().rank == 0:
+            unfinished = sweep.report(folder)
+    if launch().rank == 0 and unfinished:
+        print(f"error: {unfinished} run(s) are not finished; {sweep.LATER}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _train_one(cfg: DictConfig) -> None:
+    """One run of a sweep: whatever ends it, on all ranks alike, does not end the sweep."""
+    _set_up_logging()  # this may be a process of Slurm's
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    cfg.sweep.name = folder.parent.name  # before it would follow run.name
+    cfg.run.dir, cfg.run.name = str(folder.parent), folder.name
+    if launch().rank == 0:
+        sweep.note_failure(folder, None)
+    try:
+        train(cfg, patient=True)
+    except RankError as error:
+        raise SystemExit(_refuse(error)) from error
+    except UserError as error:
+        if launch().rank == 0:
+            sweep.note_failure(folder, str(error))
+        _refuse(error)
+    except RuntimeError as error:
+        if (reason := _outside(error)) is None:
+            raise
+        raise SystemExit(_refuse(RankError(reason))) from error
+    _leave_group()
+
+
+def _outside(error: RuntimeError) -> str | None:
+    """What happened, where torch reports trouble from outside of this process."""
+    text = str(error).strip()
+    if text.startswith("DataLoader worker"):  # of torch's signal handler, in the midst of anything
+        return (
+            f"a loader process died ({text.rstrip('. ')}); if memory ran out, lower "
+            "data.num_workers; the same command goes on from the last checkpoint"
+        )
+    import torch.distributed as dist
+
+    if isinstance(error, dist.DistError) or "gloo" in text:
+        return (
+            "another process of this run is gone, or cannot be reached "
+            f"({text.splitlines()[0].partition('. ')[0]}); the same command goes on from the last "
+            "checkpoint"
+        )
+    return None
+
+
+def _refuse(error: UserError) -> int:
     """Prints one line on each machine and returns the exit code.
 
-    The other ranks of a machine would repeat it, unless this one is `alone` with it; another
-    machine may have trouble of its own.
+    The other ranks of a machine would repeat it, unless one is alone with it; another machine may
+    have trouble of its own.
     """
     started = launch()
+    alone = isinstance(error, RankError)
     if started.local_rank == 0 or alone:
         where = f"[rank {started.rank}] " if started.rank else ""
-        print(f"{where}error: {message}", file=sys.stderr)
-    return 2
+        print(f"{where}error: {error}", file=sys.stderr, flush=True)
+    return 3 if alone else 2
 
 
 def _split(arguments: list[str]) -> tuple[list[str], tuple[str, ...]]:
@@ -192,18 +288,17 @@ def _split(arguments: list[str]) -> tuple[list[str], tuple[str, ...]]:
 
 
 def _leave_group() -> None:
-    """After success only: after a failure other ranks may wait in a collective for ever."""
-    if "torch" not in sys.modules:
-        return
-    import torch.distributed as dist
+    if "blip2_train.training.fit" in sys.modules:
+        from blip2_train.training.fit import leave
 
-    if dist.is_available() and dist.is_initialized():
-        dist.destroy_process_group()
+        leave()
 
 
 @hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="train")
 def _hydra_main(cfg: DictConfig) -> Any:
-    """Help and `--cfg job` are Hydra's."""
+    """Help, `--cfg job` and sweeps are Hydra's."""
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
+        return _train_one(cfg)
     return str(train(cfg))
 
 

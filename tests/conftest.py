@@ -28,6 +28,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=str(SHARED / "oracle"),
         help="folder of reference values (FORMAT.md there describes it)",
     )
+    parser.addoption("--kills", type=int, default=3, help="of tests/test_kill.py")
+    parser.addoption("--preemptions", type=int, default=2, help="of tests/slurm")
 
 
 @pytest.fixture(scope="session")
@@ -43,4 +45,17 @@ def realdata() -> Path:
     folder = SHARED / "realdata"
     if not folder.exists():
         pytest.skip(f"no real photographs at {folder}")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """120 rendered scenes of 32 pixels, and a tokenizer trained on their captions."""
+    from blip2_train.prepare import main as prepare
+
+    folder = tmp_path_factory.mktemp("shards") / "synthetic"
+    options = (
+        "--samples 108 --held-out 24 --size 32 --samples-per-shard 40 --workers 1 --tokenizer 160"
+    )
+    prepare(["synthetic", "--out", str(folder), *options.split()])
     return folder

@@ -20,6 +20,8 @@ MAY_IMPORT = {
     "losses": set(),
     "distributed": set(),
     "rules": set(),
+    "signals": set(),
+    "slurm": set(),
     "config": {"errors", "rules"},
     "models": {"errors"},
     "data": {"errors", "seeding", "distributed"},
@@ -27,12 +29,13 @@ MAY_IMPORT = {
     "evaluation": {"errors", "distributed", "models", "losses", "data"},
     "training": {
         "errors", "seeding", "config", "losses", "distributed", "models", "data", "checkpoint",
-        "evaluation",
+        "evaluation", "signals",
     },
     "prepare": {"errors", "data"},
-    "train": {"errors", "rules", "config", "training"},
+    "sweep": {"errors", "config"},
+    "train": {"errors", "rules", "config", "training", "signals", "slurm", "sweep"},
     "benchmark": {"errors", "benchmarks"},
-    "benchmarks": {"errors", "data"},
+    "benchmarks": {"errors", "data", "distributed", "models", "training"},
     "demo": {
         "errors", "prepare", "train", "data", "models", "losses", "evaluation", "training",
     },
@@ -40,8 +43,8 @@ MAY_IMPORT = {
 # Third-party packages that only these parts may import.
 RESERVED = {
     "pytorch_lightning": {"training"},
-    "hydra": {"training", "train"},
-    "omegaconf": {"config", "train"},
+    "hydra": {"training", "train", "sweep"},
+    "omegaconf": {"config", "train", "sweep"},
     "wandb": {"training"},
     "timm": {"models"},
     "webdataset": {"data", "benchmarks"},

@@ -101,7 +101,7 @@ def everything(port: int) -> dict[str, Any]:
 
     if world.size > 1:  # a second training in the same processes
         dist.destroy_process_group()
-    again = start(world.rank, world.rank, world.size, "127.0.0.1", port, cuda=False)
+    again = start(world.rank, world.rank, world.size, "127.0.0.1", port, cuda=False, timeout=60)
     assert again == world == current_world()
     out["again"] = agree_on_maximum(world.rank, again).result()
     assert broadcast_object(world.rank, again) == 0

@@ -22,11 +22,16 @@ def test_the_wheel_holds_every_configuration_file(tmp_path: Path) -> None:
     assert "blip2_train/py.typed" in names
 
 
-@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "launch/README.md"])
+DOCUMENTS = [
+    "README.md", "CONTRIBUTING.md", *(f"launch/{p.name}" for p in (ROOT / "launch").glob("*.md")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
 def test_documents_name_what_exists(name: str) -> None:
     text = (ROOT / name).read_text()
-    for target in re.findall(r"\]\((?!http)([^)#]+)\)", text):
-        assert (ROOT / target).exists(), f"{name} links to {target}"
+    for target in re.findall(r"\]\((?!http)([^)#]+)[^)]*\)", text):
+        assert (ROOT / name).parent.joinpath(target).exists(), f"{name} links to {target}"
     for path in re.findall(r"`((?:blip2_train|conf|data|launch|tests|docs)/[\w./-]+)`", text):
         assert (ROOT / path).exists(), f"{name} names {path}"
     experiments = {p.stem for p in (ROOT / "conf" / "experiment").glob("*.yaml")}

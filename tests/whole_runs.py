@@ -26,7 +26,7 @@ def last_checkpoint(run: Path) -> dict[str, Any]:
 
 
 def rows(run: Path, *, without_speed: bool = True) -> list[dict[str, str]]:
-    speed = ("samples_per_second", "data_wait", "peak_memory", "model_flops")
+    speed = ("samples_per_second", "data_wait", "peak_memory", "model_flops", "received_mb")
     with (run / "metrics.csv").open() as file:
         return [
             {k: v for k, v in row.items() if not (without_speed and k.startswith(speed))}

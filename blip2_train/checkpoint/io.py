@@ -3,10 +3,14 @@
 A file holds tensors and plain values only, so it loads with `weights_only=True`.
 """
 
+import contextlib
+import hashlib
 import logging
 import os
 import pickle
 import re
+import socket
+import time
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -53,6 +57,46 @@ def save(path: Path, content: dict[str, Any]) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def identity(path: Path) -> str:
+    """Digest of a checkpoint by the checksums in its table of contents: hardly anything is read.
+
+    Raises:
+        OSError, zipfile.BadZipFile: there is no such file here, or not all of it.
+    """
+    with zipfile.ZipFile(path) as archive:
+        entries = [(e.filename, e.file_size, e.CRC) for e in archive.infolist()]
+    return hashlib.sha256(repr(entries).encode()).hexdigest()
+
+
+def wait_for(path: Path, wanted: str, patience: float) -> None:
+    """Waits until a file is here as another machine sees it: a network file system may lag.
+
+    Args:
+        path: of the checkpoint.
+        wanted: its `identity` over there.
+        patience: seconds.
+
+    Raises:
+        UserError: it is missing, or another one, all the time.
+    """
+    end = time.monotonic() + patience
+    while True:
+        try:
+            if identity(path) == wanted:
+                return
+            problem = "differs"
+        except (OSError, zipfile.BadZipFile) as error:
+            problem = f"cannot be read ({type(error).__name__}: {error})"
+        if time.monotonic() > end:
+            raise UserError(
+                f"checkpoint {path.absolute()} {problem} on {socket.gethostname()}, but rank 0 "
+                "has a good one there; run.dir must be one folder for all processes"
+            )
+        with contextlib.suppress(OSError):
+            os.listdir(path.parent)  # makes a network file system look again
+        time.sleep(min(1.0, patience / 10))
 
 
 def damage(path: Path) -> str | None:

@@ -125,6 +125,7 @@ class Checkpointing(pl.Callback):
         self.resume = resume
         self.start_step = state.step
         self.saved_step = state.step
+        self.has_saved = False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Restores the optimizer and the step counters (weights were loaded before)."""
@@ -141,8 +142,12 @@ class Checkpointing(pl.Callback):
         """Saves when a step is due: at multiples of `every`, after a validation, at the end."""
         step = trainer.global_step
         validated = step in self.state.scores
-        due = step % self.every == 0 or validated or step >= trainer.max_steps
-        if due and step > self.saved_step:
+        if step % self.every == 0 or validated or step >= trainer.max_steps:
+            self.save_now(trainer, pl_module)
+
+    def save_now(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Writes the checkpoint of the current step, if there is none yet."""
+        if trainer.global_step > self.saved_step:
             with self.paused():
                 self.save(trainer, pl_module)
 
@@ -157,6 +162,8 @@ class Checkpointing(pl.Callback):
         state.counted = self.counted(pl_module)
         failure = None
         if world.rank == 0:
+            if self.has_saved and not self.folder.is_dir():
+                log.error("%s has disappeared, with its checkpoints; it is made anew", self.folder)
             content = {
                 "format": io.FORMAT,
                 "version": __version__,
@@ -166,6 +173,7 @@ class Checkpointing(pl.Callback):
             }
             try:
                 io.save(io.step_path(self.folder, state.step), content)
+                self.has_saved = True
                 io.prune(self.folder, scores=state.scores, **self.keep)  # type: ignore[arg-type]
             except OSError as error:
                 failure = f"checkpoint of step {state.step} could not be written: {error}"
@@ -175,7 +183,7 @@ class Checkpointing(pl.Callback):
                 f"{failure}; make room, and the same command goes on from the one before"
             )
         if failure is not None:
-            log.error("%s; training goes on, older checkpoints are untouched", failure)
+            log.error("%s; older checkpoints are untouched, and the run goes on", failure)
         barrier(world)
 
 

@@ -11,7 +11,7 @@ from pytorch_lightning.plugins.environments import (
 )
 
 from blip2_train.config import Launch
-from blip2_train.distributed import World, broadcast_object
+from blip2_train.distributed import World, broadcast_object, gather_objects
 from blip2_train.errors import UserError
 
 
@@ -56,13 +56,14 @@ def cluster_environment(launch: Launch) -> Any:
     return LightningEnvironment()
 
 
-def on_rank_zero(action: Callable[[], Any], world: World) -> Any:
-    """Runs on rank 0 and gives every rank its result, or its `UserError`.
+def on_rank_zero(action: Callable[[], Any] | None, world: World) -> Any:
+    """Runs on rank 0 and gives every rank its result, or its `UserError`; others may give None.
 
     What a folder holds is decided once: views of a network file system differ.
     """
     outcome: tuple[Any, str | None] = (None, None)
     if world.rank == 0:
+        assert action is not None
         try:
             outcome = (action(), None)
         except UserError as error:
@@ -70,4 +71,17 @@ def on_rank_zero(action: Callable[[], Any], world: World) -> Any:
     result, problem = broadcast_object(outcome, world)
     if problem is not None:
         raise UserError(problem)
+    return result
+
+
+def on_every_rank(action: Callable[[], Any], world: World) -> Any:
+    """Runs on every rank; a `UserError` of one is raised on all of them."""
+    result, problem = None, None
+    try:
+        result = action()
+    except UserError as error:
+        problem = str(error)
+    for rank, found in enumerate(gather_objects(problem, world)):
+        if found is not None:
+            raise UserError(found if rank == 0 else f"{found} (so says rank {rank})")
     return result

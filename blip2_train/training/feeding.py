@@ -8,6 +8,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
+from blip2_train import signals
 from blip2_train.config import BatchPlan, Launch
 from blip2_train.data.pool import GIGABYTE, Reading
 from blip2_train.data.remote import Cache, default_cache_dir
@@ -185,7 +186,13 @@ def train_loader(stream: TrainStream, cfg: Mapping[str, Any], cuda: bool) -> Dat
         num_workers=workers,
         pin_memory=cuda,
         persistent_workers=workers > 0,
+        worker_init_fn=start_loader_process,
     )
+
+
+def start_loader_process(_: int) -> None:
+    """Leaves signals to the process that trains."""
+    signals.obey_parent_only()
 
 
 def validation_images(cfg: Mapping[str, Any], source: Source, image_size: int | None) -> EvalStream:

@@ -13,19 +13,21 @@ from pytorch_lightning.loggers import Logger
 from pytorch_lightning.strategies import DDPStrategy
 from torch import Tensor
 
-from blip2_train import distributed
+from blip2_train import distributed, signals
 from blip2_train.checkpoint import io
 from blip2_train.config import BatchPlan, Launch, plan_batch
 from blip2_train.data.feeder import Feeder
 from blip2_train.distributed import World
 from blip2_train.errors import UserError
 from blip2_train.models.freezing import freeze_unreached
+from blip2_train.signals import Stopped
 from blip2_train.training.build import log_parameters, run_folder
 from blip2_train.training.checkpointing import Checkpointing, load_trained
 from blip2_train.training.clip import ClipStage
 from blip2_train.training.devices import (
     check_devices,
     cluster_environment,
+    on_every_rank,
     on_rank_zero,
     use_cuda,
 )
@@ -38,8 +40,10 @@ from blip2_train.training.feeding import (
     validation_images,
 )
 from blip2_train.training.lm import LmStage
+from blip2_train.training.lock import RunLock
 from blip2_train.training.module import StageModule
 from blip2_train.training.monitor import Monitor
+from blip2_train.training.preemption import Preemption, leave_signals_alone
 from blip2_train.training.resume import (
     check_configuration,
     check_data,
@@ -47,12 +51,13 @@ from blip2_train.training.resume import (
     find_checkpoint,
     new_state,
 )
-from blip2_train.training.run_log import MetricsCsv, SkippedLog, wandb_logger
+from blip2_train.training.run_log import MetricsCsv, SkippedLog, finish_wandb, wandb_logger
 from blip2_train.training.run_report import RunReport
 from blip2_train.training.stage import Stage
 from blip2_train.training.stage1 import Stage1
 from blip2_train.training.stage2 import Stage2
 from blip2_train.training.validation import Validation
+from blip2_train.training.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
@@ -63,26 +68,29 @@ STAGES: dict[str, type[Stage]] = {
     "lm": LmStage,
 }
 
+FILE_PATIENCE = 90.0  # seconds; network file systems remember for up to 60 what is not there
+
 logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)  # tips and advertisements
 # Lightning counts the frozen tower's modules and warns that they are in eval mode; they must be.
 warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")
 warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)")
 
 
-def fit(cfg: Mapping[str, Any], launch: Launch) -> Path:
+def fit(cfg: Mapping[str, Any], launch: Launch, *, patient: bool = False) -> Path:
     """Trains, or continues a training, to its last step.
 
     Args:
         cfg: resolved and validated configuration.
         launch: how this process was started.
+        patient: wait for another process that trains in the run's folder, instead of refusing.
 
     Returns:
         The run's folder.
 
     Raises:
         UserError: something given is wrong; raised before any training, on all ranks alike.
+        Stopped: a signal ended the run, which was saved.
     """
-    # 1. who we are
     cuda = use_cuda(cfg["trainer"]["accelerator"])
     check_devices(cfg["trainer"]["devices"], launch, cuda)
     environment = cluster_environment(launch)
@@ -93,30 +101,55 @@ def fit(cfg: Mapping[str, Any], launch: Launch) -> Path:
         environment.main_address,
         environment.main_port,
         cuda=cuda,
+        timeout=1.5 * cfg["trainer"]["hang_seconds"],  # the watchdog says more, so it comes first
     )
     batch = plan_batch(cfg["batch"]["size"], cfg["batch"]["accumulate"], world.size)
-
     check_locality(cfg["data"]["locality"], batch.contrastive, launch)
+    folder = run_folder(cfg)
+    lock = RunLock(folder) if world.rank == 0 else None
+    try:
+        take = functools.partial(lock.acquire, 60.0 if patient else None) if lock else None
+        while not on_rank_zero(take, world):
+            pass
+        stopped = _train(cfg, launch, environment, world, batch, lock)
+    finally:
+        if lock is not None:
+            lock.release()
+    if stopped:
+        raise Stopped(stopped)
+    return folder
 
-    # 2. where the run stands
+
+def _train(
+    cfg: Mapping[str, Any],
+    launch: Launch,
+    environment: Any,
+    world: World,
+    batch: BatchPlan,
+    lock: RunLock | None,
+) -> int:
+    """Returns the number of the signal that ended the training, 0 where it is finished."""
+    # 1. where the run stands
+    cuda = use_cuda(cfg["trainer"]["accelerator"])
     stage = STAGES[cfg["stage"]](cfg)
     folder = run_folder(cfg)
     path = on_rank_zero(functools.partial(find_checkpoint, cfg, folder), world)
-    resume = io.load(path, checked=True) if path else None
+    resume = load_checkpoint(path, world) if path else None
     if resume is not None:
         check_configuration(resume, cfg, world.size)
     if resume is not None and resume["step"] >= cfg["trainer"]["max_steps"]:
         log.info("run %s is finished: step %d of %s", folder, resume["step"], path)
         on_rank_zero(functools.partial(export_again, stage, folder, resume["model"], path), world)
-        return folder
-    sources, held_out = open_sources(cfg["data"]), open_validation(cfg)
+        return 0
+    sources = on_every_rank(functools.partial(open_sources, cfg["data"]), world)
+    held_out = on_every_rank(functools.partial(open_validation, cfg), world)
     fetch_once_per_machine(stage, launch, world)
     state = new_state(cfg, sources, stage.tokenizers(), world.size)
     if resume is not None and path is not None:
         check_data(resume, state, path)
         state.go_on_from(resume)
 
-    # 3. model, data, trainer
+    # 2. model, data, trainer
     model = stage.build_model(device=torch.device("cuda", launch.local_rank) if cuda else None)
     frozen = on_rank_zero(functools.partial(stage.frozen_parts, model), world)
     check_frozen(frozen, resume, path)
@@ -125,7 +158,6 @@ def fit(cfg: Mapping[str, Any], launch: Launch) -> Path:
     image_size = stage.image_size(model)
     stream = train_stream(cfg, batch, sources, stage.collate(), world, state.drawn, image_size)
     feeder = Feeder(train_loader(stream, cfg, cuda), stage.text_bucket, world)
-    folder.mkdir(parents=True, exist_ok=True)
     loggers: list[Logger] = []
     skipped = None
     if world.rank == 0:
@@ -156,7 +188,8 @@ def fit(cfg: Mapping[str, Any], launch: Launch) -> Path:
         **cfg["checkpoint"],
     )
     report = RunReport(folder, monitor)
-    callbacks: list[pl.Callback] = [monitor]  # in this order at the end of each step
+    watchdog = Watchdog(cfg["trainer"]["hang_seconds"])
+    callbacks: list[pl.Callback] = [watchdog, monitor]  # in this order at the end of each step
     if held_out is not None:
         images = validation_images(cfg, held_out, image_size)
         callbacks.append(
@@ -168,19 +201,47 @@ def fit(cfg: Mapping[str, Any], launch: Launch) -> Path:
                 checkpointing,
                 report,
                 skipped,
+                watchdog,
                 folder / "samples",
                 cfg["validation"],
                 num_workers=cfg["data"]["num_workers"],
             )
         )
-    callbacks += [report, checkpointing]
+    preemption = Preemption(checkpointing.save_now, lock)
+    callbacks += [report, checkpointing, preemption]
     trainer = build_trainer(cfg, launch, environment, cuda, loggers, callbacks)
 
+    # 3. train
     log.info("%s", batch)
-    trainer.fit(module, train_dataloaders=feeder)
+    with signals.noted():
+        trainer.fit(module, train_dataloaders=feeder)
+    if preemption.stopped:
+        log.info("run %s is saved at step %d", folder, trainer.global_step)
+        return preemption.stopped
     on_rank_zero(functools.partial(export, stage, folder, model), world)
     log.info("run %s is finished at step %d", folder, trainer.global_step)
-    return folder
+    return 0
+
+
+def load_checkpoint(path: Path, world: World) -> dict[str, Any]:
+    """Reads the checkpoint that rank 0 has found; all ranks call it.
+
+    Raises:
+        UserError: on all ranks, where one of them does not see that file.
+    """
+    wanted = on_rank_zero(functools.partial(io.identity, path), world)
+
+    def load() -> dict[str, Any]:
+        io.wait_for(path, wanted, FILE_PATIENCE)
+        return io.load(path, checked=True)
+
+    return on_every_rank(load, world)
+
+
+def leave() -> None:
+    """Leaves the other ranks and the W&B run: another training may follow in this process."""
+    distributed.stop()
+    finish_wandb()
 
 
 def fetch_once_per_machine(stage: Stage, launch: Launch, world: World) -> None:
@@ -295,18 +356,5 @@ def build_trainer(
         use_distributed_sampler=False,
         default_root_dir=str(run_folder(cfg)),
     )
-    _leave_signals_alone(trainer)
+    leave_signals_alone(trainer)
     return trainer
-
-
-def _leave_signals_alone(trainer: pl.Trainer) -> None:
-    """Keeps Lightning (2.6) from handling signals: the default, to end, is the safe answer.
-
-    Its SIGTERM handler broadcasts wherever the rank happens to be, and before each batch every
-    rank reads a flag from the device, so that the host would wait for the device in every step.
-    """
-    loop = trainer.fit_loop.epoch_loop
-    if hasattr(loop, "_broadcast_sigterm_tensor"):
-        loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
-    if hasattr(trainer, "_signal_connector"):
-        trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]

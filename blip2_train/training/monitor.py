@@ -6,7 +6,7 @@ import logging
 import resource
 import sys
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from typing import Any
@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from blip2_train.data.feeder import Feeder
-from blip2_train.distributed import current_world, gather_objects
+from blip2_train.distributed import current_world, gather_objects, ring_sum_bytes, traffic
 from blip2_train.errors import UserError
 from blip2_train.training.checkpointing import rehearse
 from blip2_train.training.meter import describe_losses
@@ -72,13 +72,15 @@ class Monitor(pl.Callback):
         """Begins a new measuring window."""
         self.window_start = time.perf_counter()
         self.window_wait = self.feeder.wait_seconds
+        self.window_received = Counter(traffic.received)
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Time spent inside counts for no speed (validation, saving)."""
-        started = time.perf_counter()
+        """Time and traffic inside count for no step (validation, saving)."""
+        started, exchanged = time.perf_counter(), Counter(traffic.received)
         yield
         self.window_start += time.perf_counter() - started
+        self.window_received += traffic.received - exchanged
 
     # -- what a checkpoint keeps -----------------------------------------------------------------
 
@@ -175,13 +177,27 @@ class Monitor(pl.Callback):
             "peak_memory_gb": max(gather_objects(memory, world)),
             "model_flops_utilisation": rate / world.size * self.flops_per_sample / self.ceiling,
         }
-        metrics |= self._count_skipped(step, steps * batch.size)
+        metrics |= self._received(pl_module, steps) | self._count_skipped(step, steps * batch.size)
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step)
         self._print(trainer, step, metrics, watched)
         self.last_step = step
         self.restart_clock()
         self._stop_if_broken(in_a_row)
+
+    def _received(self, pl_module: Any, steps: int) -> dict[str, float]:
+        """Megabytes (1e6) that a rank has received per step, of the rank that got most."""
+        world = current_world()
+        if world.size == 1:
+            return {}
+        own = {kind: n / steps for kind, n in (traffic.received - self.window_received).items()}
+        gradients = sum(p.nbytes for p in pl_module.parameters() if p.requires_grad)
+        own["gradients"] = ring_sum_bytes(gradients, world.size)  # DDP's, once per step
+        ranks = gather_objects(own, world)
+        kinds = sorted({kind for rank in ranks for kind in rank})
+        return {
+            f"received_mb/{kind}": max(rank.get(kind, 0) for rank in ranks) / 1e6 for kind in kinds
+        }
 
     def _count_skipped(self, step: int, used: int) -> dict[str, int]:
         everything = [

@@ -19,6 +19,7 @@ log = logging.getLogger(__name__)
 # May change freely: where and on what it runs, what it logs, how much it keeps.
 RESUME_FREE = (
     "run.",
+    "sweep.",
     "resume.",
     "init_from",
     "batch.",
@@ -32,6 +33,7 @@ RESUME_FREE = (
     "trainer.devices",
     "trainer.log_every",
     "trainer.max_consecutive_skips",
+    "trainer.hang_seconds",
     "data.root",
     "data.num_workers",
     "data.max_skip_fraction",

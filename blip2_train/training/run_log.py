@@ -1,9 +1,13 @@
 """What a run writes down: metrics.csv, skipped.jsonl, and the W&B run that a restart continues."""
 
 import csv
+import errno
+import io
 import json
+import logging
 import netrc
 import os
+import sys
 from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +17,8 @@ from urllib.parse import urlparse
 from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.loggers.logger import Logger, rank_zero_experiment
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
+
+log = logging.getLogger(__name__)
 
 
 class MetricsCsv(Logger):
@@ -28,12 +34,11 @@ class MetricsCsv(Logger):
         super().__init__()
         self.path = path
         self.columns = ["step"]
+        self.waiting: list[dict[str, Any]] = []  # rows that could not be written yet
         if path.is_file():
-            with path.open(newline="") as file:
-                reader = csv.DictReader(file)
-                rows = [row for row in reader if int(row["step"]) <= start_step]
-                self.columns = list(reader.fieldnames or self.columns)
-            self._write(rows)
+            reader = csv.DictReader(io.StringIO(whole_lines(path.read_text())))
+            rows = [row for row in reader if int(row["step"]) <= start_step]
+            self._write(list(reader.fieldnames or self.columns), rows)
 
     @property
     def name(self) -> str:
@@ -56,25 +61,44 @@ class MetricsCsv(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Appends a row; a metric that was not there before adds a column to the whole file."""
-        new = [name for name in metrics if name not in self.columns]
-        if new:
-            rows: list[dict[str, Any]] = []
-            if self.path.is_file():
-                with self.path.open(newline="") as file:
-                    rows = list(csv.DictReader(file))
-            self.columns += new
-            self._write(rows)
-        with self.path.open("a", newline="") as file:
-            csv.DictWriter(file, self.columns).writerow({"step": step, **metrics})
+        """Appends a row; a metric that was not there before adds a column to the whole file.
 
-    def _write(self, rows: list[dict[str, Any]]) -> None:
+        A row that cannot be written is kept for the next time: training goes on.
+        """
+        self.waiting.append({"step": step, **metrics})
+        try:
+            self._append(self.waiting)
+        except OSError as error:
+            log.error("%s could not be written (%s); training goes on", self.path, error)
+        else:
+            self.waiting = []
+
+    def _append(self, rows: list[dict[str, Any]]) -> None:
+        columns = self.columns + [
+            name for name in dict.fromkeys(k for row in rows for k in row)
+            if name not in self.columns
+        ]  # fmt: skip
+        if columns != self.columns or not self.path.is_file():
+            before: list[dict[str, Any]] = []
+            if self.path.is_file():
+                before = list(csv.DictReader(io.StringIO(self.path.read_text())))
+            self._write(columns, before)
+        text = io.StringIO(newline="")
+        csv.DictWriter(text, self.columns).writerows(rows)
+        append(self.path, text.getvalue())
+
+    def _write(self, columns: list[str], rows: list[dict[str, Any]]) -> None:
         temporary = self.path.with_suffix(".tmp")
-        with temporary.open("w", newline="") as file:
-            writer = csv.DictWriter(file, self.columns)
-            writer.writeheader()
-            writer.writerows(rows)
-        os.replace(temporary, self.path)
+        try:
+            with temporary.open("w", newline="") as file:
+                writer = csv.DictWriter(file, columns)
+                writer.writeheader()
+                writer.writerows(rows)
+            os.replace(temporary, self.path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
+        self.columns = columns
 
 
 class SkippedLog:
@@ -87,15 +111,45 @@ class SkippedLog:
 
     def __init__(self, path: Path, start_step: int = 0) -> None:
         self.path = path
+        self.waiting = ""  # lines that could not be written yet
         if path.is_file():
-            kept = [line for line in path.open() if json.loads(line)["step"] <= start_step]
+            lines = whole_lines(path.read_text()).splitlines(keepends=True)
+            kept = [line for line in lines if json.loads(line)["step"] <= start_step]
             path.write_text("".join(kept))
 
     def add(self, step: int, skipped: list[Mapping[str, Any]]) -> None:
-        """Appends lines."""
-        if skipped:
-            with self.path.open("a") as file:
-                file.writelines(json.dumps({"step": step, **line}) + "\n" for line in skipped)
+        """Appends lines; those that cannot be written are kept for the next time."""
+        self.waiting += "".join(json.dumps({"step": step, **line}) + "\n" for line in skipped)
+        if not self.waiting:
+            return
+        try:
+            append(self.path, self.waiting)
+        except OSError as error:
+            log.error("%s could not be written (%s); training goes on", self.path, error)
+        else:
+            self.waiting = ""
+
+
+def append(path: Path, text: str) -> None:
+    """Appends to a file, wholly or not at all.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    with path.open("ab", buffering=0) as file:
+        size = file.tell()
+        try:
+            data = text.encode()
+            if file.write(data) < len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            file.truncate(size)
+            raise
+
+
+def whole_lines(text: str) -> str:
+    """Without a last line that a killed process did not finish."""
+    return text[: text.rfind("\n") + 1]
 
 
 def wandb_mode(mode: str) -> str:
@@ -144,3 +198,9 @@ def wandb_logger(
         config=dict(config),
         mode=mode,
     )
+
+
+def finish_wandb() -> None:
+    """Ends this process's W&B run, if there is one."""
+    if wandb := sys.modules.get("wandb"):
+        wandb.finish()

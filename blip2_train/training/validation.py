@@ -21,9 +21,11 @@ from blip2_train.evaluation.grounding import GAP_WARNING
 from blip2_train.evaluation.retrieval import own_batches
 from blip2_train.evaluation.samples import Row, draw_sheet
 from blip2_train.training.checkpointing import Checkpointing
+from blip2_train.training.feeding import start_loader_process
 from blip2_train.training.monitor import Monitor
 from blip2_train.training.run_log import SkippedLog
 from blip2_train.training.run_report import RunReport
+from blip2_train.training.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
@@ -83,6 +85,7 @@ class Validation(pl.Callback):
         checkpointing: gets the score of the step.
         report: written anew with what was found (rank 0).
         skipped: where unusable samples are written down (rank 0).
+        watchdog: is told of each batch.
         folder: of the pictures.
         settings: `every`, `batch_size` of the configuration.
         num_workers: loader processes.
@@ -97,6 +100,7 @@ class Validation(pl.Callback):
         checkpointing: Checkpointing,
         report: RunReport,
         skipped: SkippedLog | None,
+        watchdog: Watchdog,
         folder: Path,
         settings: Mapping[str, Any],
         *,
@@ -109,6 +113,7 @@ class Validation(pl.Callback):
         self.checkpointing = checkpointing
         self.report = report
         self.skipped_log = skipped
+        self.watchdog = watchdog
         self.folder = folder
         self.settings = settings
         self.num_workers = num_workers
@@ -133,10 +138,12 @@ class Validation(pl.Callback):
         skipped: list[Any] = []
         self.evaluator.start()
         used = 0
+        self.watchdog.beat()
         with trainer.precision_plugin.val_step_context():
             for number, batch in self._batches(world):
                 skipped += batch["skipped"]
                 used += len(batch["keys"])
+                self.watchdog.beat()
                 if batch["keys"]:
                     self.evaluator.add(number, trainer.strategy.batch_to_device(batch))
             used = sum(gather_objects(used, world))
@@ -163,6 +170,7 @@ class Validation(pl.Callback):
             batch_sampler=own_batches(len(self.images), size, world),
             collate_fn=self.collate,
             num_workers=self.num_workers,
+            worker_init_fn=start_loader_process,
         )
         return zip(numbers, loader, strict=True)
 
@@ -175,7 +183,11 @@ class Validation(pl.Callback):
         if not found.rows:
             return
         path = self.folder / f"step-{step:08d}.png"
-        draw_sheet(found.rows, f"step {step}: {found.title}", path)
+        try:
+            draw_sheet(found.rows, f"step {step}: {found.title}", path)
+        except OSError as error:
+            log.error("%s could not be written (%s); training goes on", path, error)
+            return
         for logger in trainer.loggers:
             if hasattr(logger, "log_image"):
                 logger.log_image("val/samples", [str(path)], step=step)

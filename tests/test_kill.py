@@ -1,0 +1,84 @@
+"""SIGKILL at any moment, on one process and on three: the same weights in the end.
+
+`--kills 50` kills that often in all (3 in the suite).
+"""
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from tiny import command, run_command, tiny_run
+from whole_runs import assert_same_end, one_thread, pids_of
+
+from blip2_train.checkpoint import io
+
+# Most of a run is steps; saves and validations come often, and dropout is on.
+CHANGES = {
+    "trainer.max_steps": 36,
+    "trainer.log_every": 5,
+    "validation.every": 9,
+    "checkpoint.every": 2,
+    "qformer.dropout": 0.1,
+    "batch.accumulate": 2,
+}
+
+
+@pytest.mark.parametrize(("processes", "share"), [(1, 2), (3, 1)])
+def test_killed_at_random_moments(
+    shards: Path, tmp_path: Path, processes: int, share: int, request: pytest.FixtureRequest
+) -> None:
+    kills = -(-request.config.getoption("--kills") * share // 3)
+    began = time.monotonic()
+    whole = run_command(tiny_run(shards, tmp_path, "whole", **CHANGES), processes, env=one_thread())
+    assert whole.returncode == 0, whole.stderr
+    duration = time.monotonic() - began
+    overrides = tiny_run(shards, tmp_path, "killed", **CHANGES)
+    checkpoints = tmp_path / "killed" / "checkpoints"
+    seed = random.randrange(2**32)
+    rng = random.Random(seed)
+    for number in range(kills):
+        if newest(checkpoints) >= 36:  # finished before it was killed: from the start again
+            shutil.rmtree(tmp_path / "killed")
+        before = newest(checkpoints)
+        kill_after(rng.uniform(0, duration), overrides, tmp_path, processes)
+        after = newest(checkpoints)
+        assert after >= before, f"seed {seed}, kill {number}: {before} -> {after}"
+        if checkpoints.is_dir() and io.steps(checkpoints):
+            assert loadable(checkpoints, tmp_path / "copy") == after, f"seed {seed}, kill {number}"
+    done = run_command(overrides, processes, env=one_thread())
+    assert done.returncode == 0, done.stderr
+    assert_same_end(tmp_path / "killed", tmp_path / "whole")
+
+
+def newest(checkpoints: Path) -> int:
+    return max(io.steps(checkpoints), default=0) if checkpoints.is_dir() else 0
+
+
+def loadable(checkpoints: Path, copy: Path) -> int:
+    """Step of the newest undamaged checkpoint; looked for in a copy, for finding it may rename."""
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(checkpoints, copy)
+    path = io.newest_valid(copy)
+    assert path is not None
+    return io.load(path)["step"]
+
+
+def kill_after(seconds: float, overrides: list[str], runs: Path, processes: int) -> None:
+    process = subprocess.Popen(
+        command(overrides, processes), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        env=one_thread(), start_new_session=True,
+    )  # fmt: skip
+    time.sleep(seconds)
+    while pids := pids_of(f"run.dir={runs}"):
+        for pid in pids:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        process.poll()  # or it would stay as a zombie
+    process.wait()

@@ -1,0 +1,112 @@
+"""`blip2-train -m`: a folder per run, one table, and a sweep that goes on."""
+
+import csv
+from pathlib import Path
+
+import pytest
+from tiny import run_command, tiny_run, train_in_process
+from whole_runs import one_thread
+
+from blip2_train import sweep
+from blip2_train.checkpoint import io
+
+SHORT = {"validation.every": 4, "trainer.max_steps": 4, "checkpoint.every": 2}
+
+
+def table(folder: Path) -> list[dict[str, str]]:
+    with (folder / "results.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def folders(sweep_folder: Path) -> list[str]:
+    return sorted(path.name for path in sweep_folder.iterdir() if path.is_dir())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "name"),
+    [
+        ("optimizer.lr=1e-4", "optimizer.lr-1e-4"),
+        ("data.crop_scale=[0.5,1.0],seed=1", "data.crop_scale-0.5-1.0-seed-1"),
+        ("vision.weights=/a/b c.pt", "vision.weights-a-b-c.pt"),
+        ("", "run"),
+    ],
+)
+def test_names(overrides: str, name: str) -> None:
+    assert sweep.folder_name(overrides) == name
+
+
+def test_long_names_stay_different() -> None:
+    names = {sweep.folder_name(f"data.prompt={'x' * 300}{n}") for n in range(3)}
+    assert len(names) == 3 and all(len(name) < 200 for name in names)
+
+
+def test_jobs_are_a_grid() -> None:
+    found = sweep.jobs(["experiment=a", "seed=1,2", "+x=range(2)", "hydra/launcher=slurm"])
+    assert found == [
+        ["experiment=a", "seed=1", "+x=0"], ["experiment=a", "seed=1", "+x=1"],
+        ["experiment=a", "seed=2", "+x=0"], ["experiment=a", "seed=2", "+x=1"],
+    ]  # fmt: skip
+
+
+def test_two_runs_then_more(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    overrides = ["-m", *tiny_run(shards, tmp_path, "tiny", **SHORT)]
+    assert train_in_process([*overrides, "optimizer.lr=1e-3,2e-3"]) == 0
+    runs = tmp_path / "tiny_sweep"
+    assert folders(runs) == ["optimizer.lr-0.001", "optimizer.lr-0.002"]
+    assert [(row["status"], row["step"], row["optimizer.lr"]) for row in table(runs)] == [
+        ("finished", "4", "0.001"), ("finished", "4", "0.002"),
+    ]  # fmt: skip
+    assert all(float(row["val/loss"]) > 0 for row in table(runs))
+    printed = capsys.readouterr().out
+    assert "optimizer.lr-0.001" in printed and "finished" in printed
+    before = (runs / "optimizer.lr-0.001" / "checkpoints" / "step-00000004.ckpt").stat().st_mtime_ns
+
+    # one of them fails in training, which stops neither the others nor the table
+    (tmp_path / "bad").mkdir()
+    more = [*overrides, "optimizer.lr=1e-3,3e-3", f"data.validation.shards={shards},{tmp_path}/bad"]
+    assert train_in_process(more) == 2
+    rows = {row["run"]: row for row in table(runs)}
+    assert len(rows) == 6
+    failed = [run for run, row in rows.items() if row["status"].startswith("failed: ")]
+    assert len(failed) == 2 and all("bad" in run for run in failed)
+    after = (runs / "optimizer.lr-0.001" / "checkpoints" / "step-00000004.ckpt").stat().st_mtime_ns
+    assert before == after
+
+
+def test_two_runs_on_two_processes(shards: Path, tmp_path: Path) -> None:
+    """The second process group of the same processes must not read the first one's keys."""
+    overrides = tiny_run(shards, tmp_path, "tiny", **SHORT)
+    done = run_command(["-m", *overrides, "seed=1,2"], 2, env=one_thread())
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert folders(tmp_path / "tiny_sweep") == ["seed-1", "seed-2"]
+    assert {p.name for p in tmp_path.iterdir()} == {"tiny_sweep"}
+    assert [row["status"] for row in table(tmp_path / "tiny_sweep")] == ["finished", "finished"]
+    for name in ("seed-1", "seed-2"):
+        assert max(io.steps(tmp_path / "tiny_sweep" / name / "checkpoints")) == 4
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ("seed=1", "needs a key with several values"),
+        ("sede=1,2", "did you mean seed?"),
+        ("seed=1,-2", "seed=-2"),
+        ("optimizer.lr=1e-3,fast", "optimizer.lr=fast"),
+        ("seed=1,2)", "seed=1,2)"),
+    ],
+)
+def test_every_configuration_is_checked_first(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture, given: str, sentence: str
+) -> None:
+    assert train_in_process(["-m", *tiny_run(shards, tmp_path, "tiny"), given]) == 2
+    error = capsys.readouterr().err
+    assert sentence in error and "Traceback" not in error
+    assert not (tmp_path / "tiny_sweep").exists()
+
+
+def test_dry_run(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    overrides = tiny_run(shards, tmp_path, "tiny")
+    assert train_in_process(["-m", *overrides, "batch.size=12,24", "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert "batch 12 =" in printed and "batch 24 =" in printed
+    assert not (tmp_path / "tiny_sweep").exists()
