@@ -1,6 +1,7 @@
 """Measure speed and memory against what others use, in one run on one machine.
 
     blip2-benchmark loader         images from shards to batches, on processors alone
+    blip2-benchmark collectives    bytes that ranks exchange in a step of stage 1
 
 Each prints one table and writes its numbers with --json FILE.
 """
@@ -39,6 +40,13 @@ def run_loader(args: argparse.Namespace) -> list[dict[str, Any]]:
     return run(args.sizes, args.images, args.workers, args.batch, args.shards)
 
 
+def run_collectives(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Traffic between ranks, see `benchmarks/collectives.py`."""
+    from blip2_train.benchmarks.collectives import run
+
+    return run(args.worlds, args.batch, args.tokens, args.width, args.steps)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="blip2-benchmark",
@@ -59,9 +67,30 @@ def _parser() -> argparse.ArgumentParser:
         help="of blip2-prepare, in place of drawn photographs",
     )  # fmt: skip
     loader.set_defaults(run=run_loader)
+    collectives = commands.add_parser("collectives", help="bytes between ranks")
+    for name, default, text in (
+        ("--batch", 16, "samples of each rank"),
+        ("--tokens", 257, "image tokens of a sample"),
+        ("--width", 1408, "numbers of a token, in bfloat16"),
+        ("--steps", 5, "contrastive batches that are measured"),
+    ):
+        collectives.add_argument(
+            name, type=_count, default=default, help=f"{text} (default %(default)s)"
+        )
+    collectives.add_argument(
+        "--worlds", type=lambda text: [_count(number) for number in text.split(",")],
+        default=[2, 4, 8], metavar="N,N,...", help="numbers of processes (default 2,4,8)",
+    )  # fmt: skip
+    collectives.set_defaults(run=run_collectives)
     for command in commands.choices.values():
         command.add_argument("--json", type=Path, metavar="FILE", help="write the numbers here")
     return parser
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
+    return int(text)
 
 
 if __name__ == "__main__":
