@@ -10,7 +10,8 @@ demo: $(READY)
 	$(BIN)/blip2-demo --out runs/demo
 
 # Two processes of one thread each get through faster than one of two threads.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile \
+	--no-loadscope-reorder
 
 test: $(READY)
 	$(PYTEST)

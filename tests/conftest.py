@@ -32,6 +32,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--preemptions", type=int, default=2, help="of tests/slurm")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that take minutes first: as the last one each would have the machine to itself."""
+    items.sort(key=lambda item: next(i for i, part in enumerate(LONGEST) if part in item.nodeid))
+
+
+LONGEST = ("slurm/test_job", "test_demo", "test_kill", "slurm/", "training/", "")
+
+
 @pytest.fixture(scope="session")
 def oracle(request: pytest.FixtureRequest) -> Path:
     folder = Path(request.config.getoption("--oracle"))

@@ -7,12 +7,12 @@ broadcasts and gathered objects agree; a second group works after the first was 
 any number of ranks: the plans of an exchange fit together.
 """
 
-import socket
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from faulty_server import free_port
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranks import run_ranks
@@ -106,12 +106,6 @@ def everything(port: int) -> dict[str, Any]:
     out["again"] = agree_on_maximum(world.rank, again).result()
     assert broadcast_object(world.rank, again) == 0
     return out
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from forked import train
 from tiny import command, run_command, tiny_run
 from whole_runs import assert_same_end, one_thread, pids_of
 
@@ -50,8 +51,7 @@ def test_killed_at_random_moments(
         assert after >= before, f"seed {seed}, kill {number}: {before} -> {after}"
         if checkpoints.is_dir() and io.steps(checkpoints):
             assert loadable(checkpoints, tmp_path / "copy") == after, f"seed {seed}, kill {number}"
-    done = run_command(overrides, processes, env=one_thread())
-    assert done.returncode == 0, done.stderr
+    train(overrides, processes)
     assert_same_end(tmp_path / "killed", tmp_path / "whole")
 
 

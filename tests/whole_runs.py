@@ -3,14 +3,12 @@
 import contextlib
 import csv
 import os
-import signal
 import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from tiny import command
+from forked import Training
 
 from blip2_train.checkpoint import io
 
@@ -98,26 +96,10 @@ def start(words: list[str]) -> subprocess.Popen[str]:
 def kill_in_the_middle(
     overrides: list[str], run: Path, processes: int, last: int = 12, step: int = 6
 ) -> None:
-    """Starts the command and kills it, children and all, once a checkpoint was followed by more.
+    """Starts a run and kills it, once a checkpoint was followed by more.
 
     It is killed after the line of `step`; `last` is the run's last step, which it must not have
     reached.
     """
-    process = start(command(overrides, processes))
-    assert process.stdout is not None
-    lines = []
-    for line in process.stdout:
-        lines.append(line)
-        if f"step {step}/" in line and (run / "checkpoints").exists():
-            break
-    else:
-        raise AssertionError("".join(lines))
-    # torchrun's workers are in sessions of their own: found by their command line
-    for pid in pids_of(f"run.dir={run.parent}"):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    process.wait()
-    while pids_of(f"run.dir={run.parent}"):
-        time.sleep(0.05)
-    process.stdout.close()
+    Training(overrides, processes).kill_after(f"step {step}/", run / "checkpoints")
     assert max(io.steps(run / "checkpoints")) < last

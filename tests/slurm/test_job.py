@@ -17,9 +17,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
+from forked import train
 from slurm_cluster import Cluster
-from tiny import run_command, tiny_run
-from whole_runs import assert_same_end, one_thread, pids_of
+from tiny import tiny_run
+from whole_runs import assert_same_end, pids_of
 
 from blip2_train.checkpoint import io
 
@@ -157,8 +158,6 @@ def test_time_limit(job: Job) -> None:
 def test_in_the_end_it_is_the_undisturbed_run(job: Job, shards: Path, steps: int) -> None:
     job.expect(rf"is finished at step {steps}")
     job.cluster.wait(job.id)
-    words = overrides(shards, job.folder, "whole", steps)
-    whole = run_command(words, 4, env=one_thread())
-    assert whole.returncode == 0, whole.stderr
+    train(overrides(shards, job.folder, "whole", steps), 4)
     assert_same_end(job.folder / "run", job.folder / "whole")
     assert io.newest_valid(job.folder / "run" / "checkpoints") is not None

@@ -14,10 +14,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import forked
 import pytest
 import torch
-from tiny import run_command, tiny_run
-from whole_runs import kill_in_the_middle, last_checkpoint, one_thread, rows
+from tiny import tiny_run
+from whole_runs import kill_in_the_middle, last_checkpoint, rows
 
 from blip2_train.data.batch import collate_eval
 from blip2_train.data.source import open_source
@@ -59,10 +60,7 @@ def overrides(shards: Path, runs: Path, name: str, processes: int, precision: st
 def train(shards: Path, runs: Path, processes: int, precision: str, name: str = "") -> Path:
     """A whole run, or the rest of one."""
     name = name or f"{precision}-on-{processes}"
-    done = run_command(
-        overrides(shards, runs, name, processes, precision), processes, env=one_thread()
-    )
-    assert done.returncode == 0, done.stderr
+    forked.train(overrides(shards, runs, name, processes, precision), processes)
     return runs / name
 
 
@@ -171,6 +169,7 @@ def test_validation_sees_each_image_once(
         checkpointing=SimpleNamespace(start_step=0),  # type: ignore[arg-type]
         report=None,  # type: ignore[arg-type]
         skipped=None,
+        watchdog=None,  # type: ignore[arg-type]
         folder=shards,
         settings={"batch_size": size, "every": 1},
         num_workers=workers,

@@ -52,10 +52,6 @@ def test_a_rank_that_dies_ends_the_others_with_a_sentence(shards: Path, tmp_path
     assert "error: another process of this run is gone" in output
     assert "the same command goes on" in output
     assert "exitcode  : 3" in output or "-9" in output  # torchrun's table of who failed
-    done = run_command(
-        tiny_run(shards, tmp_path, "run", **LONG | {"trainer.max_steps": 4000}) + ["--dry-run"]
-    )
-    assert done.returncode == 0
     assert last_checkpoint(tmp_path / "run")["step"] >= 5
 
 

@@ -8,8 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny import command, run_command, tiny_run, train_in_process
-from whole_runs import assert_same_end, one_thread, pids_of, start
+from forked import train
+from tiny import command, tiny_run, train_in_process
+from whole_runs import assert_same_end, pids_of, start
 
 from blip2_train import signals
 from blip2_train.checkpoint import io
@@ -37,8 +38,7 @@ def stopped_after(
 
 
 def test_sigterm_saves_and_the_command_goes_on(shards: Path, tmp_path: Path) -> None:
-    done = run_command(tiny_run(shards, tmp_path, "whole", **LONG), env=one_thread())
-    assert done.returncode == 0, done.stderr
+    train(tiny_run(shards, tmp_path, "whole", **LONG))
     overrides = tiny_run(shards, tmp_path, "stopped", **LONG, **{"data.num_workers": 2})
     # Slurm signals all processes of a job, loaders too
     code, output = stopped_after(
@@ -49,9 +49,7 @@ def test_sigterm_saves_and_the_command_goes_on(shards: Path, tmp_path: Path) -> 
     assert 6 < step < 40 and f"is saved at step {step}" in output
     assert not (tmp_path / "stopped" / "lock.json").exists()
     overrides = tiny_run(shards, tmp_path, "stopped", **LONG)
-    done = run_command(overrides, env=one_thread())
-    assert done.returncode == 0, done.stderr
-    assert f"from step {step}" in done.stdout
+    assert f"from step {step}" in train(overrides)
     assert_same_end(tmp_path / "stopped", tmp_path / "whole")
 
 

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 from faulty_server import free_port, serving, start_server
-from tiny import command, run_command, tiny_run, train_in_process
-from whole_runs import assert_same_end, last_checkpoint, one_thread, start
+from forked import train
+from tiny import command, tiny_run, train_in_process
+from whole_runs import assert_same_end, last_checkpoint, start
 
 from blip2_train.prepare import main as prepare
 
@@ -29,8 +30,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_server_is_killed_and_started_again(shards: Path, tmp_path: Path) -> None:
     changes = {"trainer.max_steps": 20, "trainer.log_every": 1, "data.shuffle_window": 1}
     changes |= {"data.num_workers": 1, "validation.every": "null"}
-    alone = run_command(tiny_run(shards, tmp_path, "alone", **changes), env=one_thread())
-    assert alone.returncode == 0, alone.stderr
+    train(tiny_run(shards, tmp_path, "alone", **changes))
     port = free_port()
     server = start_server(shards, port)
     remote = {
@@ -70,7 +70,7 @@ def test_a_server_that_stays_away_ends_the_run_with_a_sentence(
             "data.retry_seconds": 1,
             "validation.every": "null",
         }
-        assert train_in_process(tiny_run(shards, tmp_path, "cut", **changes)) == 2
+        assert train_in_process(tiny_run(shards, tmp_path, "cut", **changes)) == 3
     error = capsys.readouterr().err.strip()
     assert error.startswith("error: the data cannot be read: http://")
     assert "train-0000" in error and len(error.splitlines()) == 1

@@ -4,8 +4,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-from tiny import run_command, tiny_run, train_in_process
-from whole_runs import assert_same_end, one_thread, rows
+from forked import train
+from tiny import tiny_run, train_in_process
+from whole_runs import assert_same_end, rows
 
 from blip2_train.checkpoint import io
 from blip2_train.data.index import read_index, write_index
@@ -76,8 +77,7 @@ def test_on_fewer_processes_too(damaged_shards: Path, tmp_path: Path) -> None:
         "qformer.dropout": 0,
     }
     overrides = tiny_run(damaged_shards, tmp_path, "two", **changes)
-    done = run_command(overrides, 2, env=one_thread())
-    assert done.returncode == 0, done.stderr
+    train(overrides, 2)
     stopped_at(9, tmp_path / "two", tmp_path / "one")
     assert train_in_process([*overrides, "run.name=one"]) == 0
     lines = [(tmp_path / name / "skipped.jsonl").read_text() for name in ("two", "one")]

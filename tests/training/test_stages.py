@@ -14,8 +14,9 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import run_command, tiny_run, tiny_stage_runs, train_in_process
-from whole_runs import assert_same_end, kill_in_the_middle, last_checkpoint, one_thread, rows
+from forked import train
+from tiny import tiny_run, tiny_stage_runs, train_in_process
+from whole_runs import assert_same_end, kill_in_the_middle, last_checkpoint, rows
 
 STAGES = ("stage2", "clip", "lm")
 DROPOUT = {
@@ -55,13 +56,10 @@ def stage0(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def kill_and_continue(overrides: list[str], runs: Path, processes: int) -> None:
     overrides = [*overrides, "trainer.max_steps=24", "validation.every=12"]  # time to be killed in
-    whole = run_command([*overrides, "run.name=whole"], processes, env=one_thread())
-    assert whole.returncode == 0, whole.stderr
+    train([*overrides, "run.name=whole"], processes)
     killed = [*overrides, "run.name=killed"]
     kill_in_the_middle(killed, runs / "killed", processes, last=24)
-    done = run_command(killed, processes, env=one_thread())
-    assert done.returncode == 0, done.stderr
-    assert "continuing" in done.stdout
+    assert "continuing" in train(killed, processes)
     assert_same_end(runs / "killed", runs / "whole")
 
 
@@ -91,8 +89,7 @@ def test_the_number_of_processes_hardly_changes_a_run(
     if stage == "lm":
         overrides.append("causal_lm.config.dropout=0")
     assert train_in_process([*overrides, "run.name=one"]) == 0
-    done = run_command([*overrides, "run.name=two"], 2, env=one_thread())
-    assert done.returncode == 0, done.stderr
+    train([*overrides, "run.name=two"], 2)
     for ours, theirs in zip(rows(tmp_path / "two"), rows(tmp_path / "one"), strict=True):
         for name, value in theirs.items():
             if name.startswith(("train/loss", "val/l", "val/grounding")) and value:

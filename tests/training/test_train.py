@@ -18,11 +18,11 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from forked import train
 from tiny import command, run_command, tiny_run, train_in_process
 from whole_runs import (
     assert_equal_states,
     last_checkpoint,
-    one_thread,
     pids_of,
     rows,
     start,
@@ -36,8 +36,7 @@ from blip2_train.prepare import main as prepare
 def undisturbed(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run on one process, with two loader workers."""
     runs = tmp_path_factory.mktemp("runs")
-    done = run_command(tiny_run(shards, runs, "whole", **{"data.num_workers": 2}), env=one_thread())
-    assert done.returncode == 0, done.stderr
+    train(tiny_run(shards, runs, "whole", **{"data.num_workers": 2}))
     return runs / "whole"
 
 
@@ -64,8 +63,7 @@ def test_the_number_of_processes_hardly_changes_a_run(
     shards: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
     """Float32 rounds differently; the same negatives, samples and validation must come out."""
-    done = run_command(tiny_run(shards, tmp_path, "two"), 2, env=one_thread())
-    assert done.returncode == 0, done.stderr
+    train(tiny_run(shards, tmp_path, "two"), 2)
     for ours, theirs in zip(rows(tmp_path / "two"), rows(undisturbed), strict=True):
         for name, value in theirs.items():
             if name.startswith(("train/loss", "val/loss")) and value:
@@ -76,8 +74,8 @@ def test_the_number_of_processes_hardly_changes_a_run(
 
 def test_a_finished_run_says_so(undisturbed: Path, shards: Path) -> None:
     before = {p: p.stat().st_mtime_ns for p in undisturbed.rglob("*") if p.is_file()}
-    done = run_command(tiny_run(shards, undisturbed.parent, "whole", **{"data.num_workers": 2}))
-    assert done.returncode == 0 and "is finished" in done.stdout
+    said = train(tiny_run(shards, undisturbed.parent, "whole", **{"data.num_workers": 2}))
+    assert "is finished" in said
     assert before == {p: p.stat().st_mtime_ns for p in undisturbed.rglob("*") if p.is_file()}
 
 
@@ -367,8 +365,7 @@ def test_validation_with_fewer_batches_than_processes(shards: Path, tmp_path: Pa
     """A rank without a validation batch takes part in every collective all the same."""
     changes = {"validation.max_images": 4, "validation.every": 2, "trainer.max_steps": 2}
     overrides = tiny_run(shards, tmp_path, "few", **changes)
-    done = run_command(overrides, 2, env=one_thread())
-    assert done.returncode == 0, done.stderr
+    train(overrides, 2)
     alone = tiny_run(shards, tmp_path, "alone", **changes)
     assert train_in_process(alone) == 0
     ours, theirs = rows(tmp_path / "few")[-1], rows(tmp_path / "alone")[-1]
