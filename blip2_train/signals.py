@@ -36,12 +36,15 @@ _state = _State()
 
 
 def received() -> int:
-    """Number of the signal that was noted; of several SIGTERM, which wants no requeue; 0: none."""
+    """Number of the signal that was noted, the first one of several; 0: none.
+
+    At its time limit Slurm sends SIGTERM, also to a job that is about to save and requeue.
+    """
     return _state.number
 
 
 def _handle(number: int, _: Any) -> None:
-    _state.number = max(_state.number, number)  # SIGTERM's is the highest
+    _state.number = _state.number or number
     if not _state.noting:
         raise Stopped(_state.number)
 

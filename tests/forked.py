@@ -1,15 +1,19 @@
-"""Processes that are there at once: forked from one that has imported everything.
+"""Commands that are there at once: forked from a process that has imported everything.
 
 To import torch and Lightning takes longer than most tests. What such processes do is real, and so
-are the collectives between them; only the launcher is missing, for which `tiny.command` is there.
+are the collectives between them; only the start is missing, for which there is `tiny.command`.
 """
 
 import multiprocessing
 import os
+import signal
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from faulty_server import free_port
 
@@ -17,10 +21,18 @@ SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["blip2_train.train", "blip2_train.training.fit"])
 
 
-class Training:
-    """`blip2-train` with these overrides on so many processes, as torchrun would start them."""
+class Forked:
+    """A command on so many processes, as torchrun would start them.
 
-    def __init__(self, overrides: list[str], processes: int = 1) -> None:
+    Args:
+        main: of the module; returns the exit code.
+        arguments: given to it.
+        processes: number of ranks.
+    """
+
+    def __init__(
+        self, main: Callable[[list[str]], int], arguments: list[str], processes: int = 1
+    ) -> None:
         handle, name = tempfile.mkstemp(prefix="blip2-train-", suffix=".log")
         os.close(handle)
         self.log = Path(name)
@@ -32,47 +44,58 @@ class Training:
         self.ranks = []
         for rank in range(processes):
             own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}
-            process = SERVER.Process(target=_train, args=(overrides, common | own, name))
+            process = SERVER.Process(target=_run, args=(main, arguments, common | own, name))
             process.start()
             self.ranks.append(process)
+        self.pid: Any = self.ranks[0].pid
 
     def output(self) -> str:
         """What all of them have written so far, stdout and stderr."""
         return self.log.read_text()
 
-    def finish(self, seconds: float = 300) -> str:
-        """Waits for the end, without failure, of all of them; what they wrote."""
+    def wait_for(self, line: str, seconds: float = 200) -> None:
+        """Returns once they have written this."""
+        end = time.monotonic() + seconds
+        while line not in self.output():
+            assert self.is_alive() and time.monotonic() < end, self.output()
+            time.sleep(0.01)
+
+    def is_alive(self) -> bool:
+        """Whether any of them runs."""
+        return any(process.is_alive() for process in self.ranks)
+
+    def finish(self, code: int = 0, seconds: float = 300) -> str:
+        """Waits until all of them end with this exit code; what they wrote."""
         end = time.monotonic() + seconds
         for process in self.ranks:
             process.join(max(0.0, end - time.monotonic()))
         codes = [process.exitcode for process in self.ranks]
-        self.kill()
-        output = self.output()
-        self.log.unlink()
-        assert not any(codes) and None not in codes, f"exit codes {codes}\n{output}"
+        output = self.kill()
+        assert codes == [code] * len(codes), f"exit codes {codes}\n{output}"
         return output
 
-    def kill_after(self, line: str, folder: Path, seconds: float = 300) -> None:
-        """Kills all of them once they have written this, and the folder is there."""
-        end = time.monotonic() + seconds
-        while not (line in self.output() and folder.is_dir()):
-            running = any(process.is_alive() for process in self.ranks)
-            assert running and time.monotonic() < end, self.output()
-            time.sleep(0.01)
-        self.kill()
-        self.log.unlink()
-
-    def kill(self) -> None:
-        """SIGKILL."""
+    def kill(self) -> str:
+        """SIGKILL for all of them and their children; what they wrote."""
         for process in self.ranks:
-            process.kill()
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid or 0, signal.SIGKILL)
         for process in self.ranks:
             process.join()
+        output = self.output()
+        self.log.unlink()
+        return output
+
+
+def start_training(overrides: list[str], processes: int = 1) -> Forked:
+    """`blip2-train` with these overrides."""
+    from blip2_train.train import run
+
+    return Forked(run, overrides, processes)
 
 
 def train(overrides: list[str], processes: int = 1) -> str:
     """A whole training, or the rest of one; what it wrote."""
-    return Training(overrides, processes).finish()
+    return start_training(overrides, processes).finish()
 
 
 def begin(environ: dict[str, str]) -> None:
@@ -82,12 +105,13 @@ def begin(environ: dict[str, str]) -> None:
     multiprocessing.set_start_method(None, force=True)  # or its loaders would need a server
 
 
-def _train(overrides: list[str], environ: dict[str, str], log: str) -> None:
-    from blip2_train.train import run
-
+def _run(
+    main: Callable[[list[str]], int], arguments: list[str], environ: dict[str, str], log: str
+) -> None:
+    os.setsid()
     begin(environ)
     file = os.open(log, os.O_WRONLY | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
-    sys.exit(run(overrides))
+    sys.exit(main(arguments))

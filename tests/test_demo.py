@@ -5,12 +5,9 @@
 - another demo in its folder is refused in one sentence
 """
 
-import contextlib
 import json
-import os
 import random
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -18,31 +15,31 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from whole_runs import one_thread, pids_of, start
+from forked import Forked
 
 from blip2_train.data.synthetic import WORLDS
 from blip2_train.demo.page import table
 from blip2_train.demo.plan import PLANS, RUNS, train_command
+from blip2_train.demo.run import main
 
 PARTS = ["shards", *RUNS, "evaluation"]
 
 
-def command(out: Path) -> list[str]:
-    return [sys.executable, "-m", "blip2_train.demo.run", "--quick", "--out", str(out)]
+def blip2_demo(arguments: list[str]) -> int:
+    """Of a process of its own."""
+    sys.argv[1:] = arguments
+    main()
+    return 0
 
 
-def run(out: Path) -> str:
-    done = subprocess.run(
-        command(out), capture_output=True, text=True, env=one_thread(), timeout=400
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return done.stdout
+def start(out: Path) -> Forked:
+    return Forked(blip2_demo, ["--quick", "--out", str(out)])
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("demo") / "whole"
-    said = run(out)
+    said = start(out).finish()
     assert all(f"[{i + 1}/7] {part}" in said for i, part in enumerate(PARTS))
     assert "chance" in said and "report.html" in said
     return out
@@ -94,20 +91,11 @@ def interrupted(out: Path, parts: list[str], rng: random.Random) -> int:
     """Runs the demo, killed once in each of some parts; returns how often it was killed."""
     kills = 0
     for part in parts:
-        process = start(command(out))
-        assert process.stdout is not None
-        for line in process.stdout:
-            if re.match(rf"\[\d/7\] {part}:", line):
-                break
-        os.set_blocking(process.stdout.fileno(), False)
+        demo = start(out)
+        demo.wait_for(f"/7] {part}:")
         time.sleep(rng.uniform(0, 6))
-        kills += process.poll() is None
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        process.stdout.close()
-        while pids_of(str(out)):
-            time.sleep(0.05)
+        kills += demo.is_alive()
+        demo.kill()
     return kills
 
 
@@ -115,7 +103,7 @@ def test_killed_it_leaves_the_same_report(undisturbed: Path, tmp_path: Path) -> 
     rng = random.Random()
     parts = rng.sample(PARTS[:-1], 1)  # in the last it might be over before it is killed
     assert interrupted(tmp_path / "killed", parts, rng), parts
-    run(tmp_path / "killed")
+    start(tmp_path / "killed").finish()
     assert numbers(tmp_path / "killed") == numbers(undisturbed), parts
     assert page(tmp_path / "killed") == page(undisturbed), parts
 
@@ -123,14 +111,17 @@ def test_killed_it_leaves_the_same_report(undisturbed: Path, tmp_path: Path) -> 
 @pytest.mark.slow
 def test_killed_in_every_part_it_leaves_the_same_report(undisturbed: Path, tmp_path: Path) -> None:
     assert interrupted(tmp_path / "killed", PARTS, random.Random()) >= 4
-    run(tmp_path / "killed")
+    start(tmp_path / "killed").finish()
     assert numbers(tmp_path / "killed") == numbers(undisturbed)
     assert page(tmp_path / "killed") == page(undisturbed)
 
 
 def test_another_demo_in_the_folder_is_refused(undisturbed: Path) -> None:
-    other = [*command(undisturbed), "--seed", "1"]
-    done = subprocess.run(other, capture_output=True, text=True, timeout=100)
+    """The real command."""
+    words = [sys.executable, "-m", "blip2_train.demo.run", "--quick", "--seed", "1"]
+    done = subprocess.run(
+        [*words, "--out", str(undisturbed)], capture_output=True, text=True, timeout=100
+    )
     assert done.returncode == 2
     assert "holds other data" in done.stderr and "Traceback" not in done.stderr
 

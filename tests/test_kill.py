@@ -3,6 +3,7 @@
 `--kills 50` kills that often in all (3 in the suite).
 """
 
+import contextlib
 import os
 import random
 import shutil
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from forked import train
-from tiny import command, run_command, tiny_run
+from tiny import command, tiny_run
 from whole_runs import assert_same_end, one_thread, pids_of
 
 from blip2_train.checkpoint import io
@@ -35,8 +36,7 @@ def test_killed_at_random_moments(
 ) -> None:
     kills = -(-request.config.getoption("--kills") * share // 3)
     began = time.monotonic()
-    whole = run_command(tiny_run(shards, tmp_path, "whole", **CHANGES), processes, env=one_thread())
-    assert whole.returncode == 0, whole.stderr
+    train(tiny_run(shards, tmp_path, "whole", **CHANGES), processes)
     duration = time.monotonic() - began
     overrides = tiny_run(shards, tmp_path, "killed", **CHANGES)
     checkpoints = tmp_path / "killed" / "checkpoints"
@@ -46,7 +46,13 @@ def test_killed_at_random_moments(
         if newest(checkpoints) >= 36:  # finished before it was killed: from the start again
             shutil.rmtree(tmp_path / "killed")
         before = newest(checkpoints)
-        kill_after(rng.uniform(0, duration), overrides, tmp_path, processes)
+        log = tmp_path / "log"
+        process = started(overrides, processes, log)
+        if rng.random() < 0.75:  # else it is killed in start-up, most likely
+            while process.poll() is None and "batch 12 = " not in log.read_text():
+                time.sleep(0.05)
+        time.sleep(rng.uniform(0, duration))
+        kill(process, tmp_path)
         after = newest(checkpoints)
         assert after >= before, f"seed {seed}, kill {number}: {before} -> {after}"
         if checkpoints.is_dir() and io.steps(checkpoints):
@@ -68,17 +74,19 @@ def loadable(checkpoints: Path, copy: Path) -> int:
     return io.load(path)["step"]
 
 
-def kill_after(seconds: float, overrides: list[str], runs: Path, processes: int) -> None:
-    process = subprocess.Popen(
-        command(overrides, processes), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        env=one_thread(), start_new_session=True,
-    )  # fmt: skip
-    time.sleep(seconds)
+def started(overrides: list[str], processes: int, log: Path) -> subprocess.Popen:
+    with log.open("w") as file:
+        return subprocess.Popen(
+            command(overrides, processes), stdout=file, stderr=file, env=one_thread(),
+            start_new_session=True,
+        )  # fmt: skip
+
+
+def kill(process: subprocess.Popen, runs: Path) -> None:
+    """SIGKILL, for all that have to do with a run there."""
     while pids := pids_of(f"run.dir={runs}"):
         for pid in pids:
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
         process.poll()  # or it would stay as a zombie
     process.wait()

@@ -4,11 +4,12 @@ import contextlib
 import csv
 import os
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from forked import Training
+from forked import start_training
 
 from blip2_train.checkpoint import io
 
@@ -81,6 +82,11 @@ def pids_of(argument: str) -> list[int]:
     return found
 
 
+def children_of(pid: int) -> list[int]:
+    """Processes that it has started."""
+    return [int(n) for n in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
 def start(words: list[str]) -> subprocess.Popen[str]:
     """Starts a command in a session of its own, on one thread; stdout and stderr are one pipe."""
     return subprocess.Popen(
@@ -101,5 +107,10 @@ def kill_in_the_middle(
     It is killed after the line of `step`; `last` is the run's last step, which it must not have
     reached.
     """
-    Training(overrides, processes).kill_after(f"step {step}/", run / "checkpoints")
+    training = start_training(overrides, processes)
+    training.wait_for(f"step {step}/")
+    while not (run / "checkpoints").is_dir():
+        assert training.is_alive(), training.output()
+        time.sleep(0.01)
+    training.kill()
     assert max(io.steps(run / "checkpoints")) < last

@@ -146,10 +146,11 @@ def test_crash_of_a_node(job: Job, node: str) -> None:
 
 def test_time_limit(job: Job) -> None:
     job.expect(r"step (\d+)/")
+    passed = job.cluster.call("squeue", "--noheader", "--jobs", job.id, "--format=%M")
+    seconds = sum(int(n) * 60**i for i, n in enumerate(reversed(passed.split(":"))))
+    minutes = (seconds + 20) // 60 + 1  # there is a signal, and time to save, before it
+    job.cluster.call("scontrol", "update", f"JobId={job.id}", f"TimeLimit={minutes}")
     with job.slowed(3):
-        passed = job.cluster.call("squeue", "--noheader", "--jobs", job.id, "--format=%M")
-        minutes = sum(int(n) * 60**i for i, n in enumerate(reversed(passed.split(":")))) // 60 + 1
-        job.cluster.call("scontrol", "update", f"JobId={job.id}", f"TimeLimit={minutes}")
         saved = job.expect(r"SIGUSR1: saving step (\d+)")
     job.cluster.call("scontrol", "update", f"JobId={job.id}", "TimeLimit=60")
     assert job.expect(r"continuing \S+ from step (\d+)") == saved

@@ -23,12 +23,12 @@ def test_four_configurations(cluster: Cluster, shards: Path, tmp_path: Path) -> 
         sys.executable, "-m", "blip2_train.train", "-m", "hydra/launcher=slurm", *overrides,
         "optimizer.lr=1e-3,2e-3", "seed=1,2", "hydra.launcher.tasks_per_node=2",
         "hydra.launcher.gpus_per_node=null", "hydra.launcher.cpus_per_task=2",
-        "hydra.launcher.timeout_min=60", "hydra.launcher.array_parallelism=2",
+        "hydra.launcher.timeout_min=60",
     ]  # fmt: skip
     sweep = tmp_path / "tiny_sweep"
     first = subprocess.Popen(
-        words, env=cluster.env, cwd=tmp_path, text=True, start_new_session=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        [*words, "hydra.launcher.array_parallelism=1"], env=cluster.env, cwd=tmp_path, text=True,
+        start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
     end = time.monotonic() + 150
     while not any(io.steps(path) for path in sweep.glob("*/checkpoints")):
@@ -40,7 +40,12 @@ def test_four_configurations(cluster: Cluster, shards: Path, tmp_path: Path) -> 
     cluster.call("scancel", "--user=root")
 
     done = subprocess.run(
-        words, env=cluster.env, cwd=tmp_path, text=True, capture_output=True, timeout=400
+        [*words, "hydra.launcher.array_parallelism=2"],
+        env=cluster.env,
+        cwd=tmp_path,
+        text=True,
+        capture_output=True,
+        timeout=400,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     runs = sorted(path.name for path in sweep.iterdir() if path.is_dir() and path.name[0] != ".")

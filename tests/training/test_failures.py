@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tiny import command, run_command, tiny_run, train_in_process
+from forked import start_training
+from tiny import command, tiny_run, train_in_process
 from whole_runs import last_checkpoint, one_thread, pids_of, rows, start
 
 from blip2_train.checkpoint import io
@@ -57,14 +58,12 @@ def test_a_rank_that_dies_ends_the_others_with_a_sentence(shards: Path, tmp_path
 
 def test_a_rank_that_hangs_is_shown_by_everyones_stacks(shards: Path, tmp_path: Path) -> None:
     changes = LONG | {"trainer.hang_seconds": 4}
-    process = start(command(tiny_run(shards, tmp_path, "run", **changes), 2))
-    wait_for_line(process, "step 6/")
-    stopped = ranks_of(tmp_path / "run", process.pid)[-1]
-    os.kill(stopped, signal.SIGSTOP)
-    output = wait_for_line(process, "thread MainThread")
-    os.kill(stopped, signal.SIGKILL)  # torchrun would be patient with it
-    output += end_of(process)
-    assert process.returncode != 0
+    training = start_training(tiny_run(shards, tmp_path, "run", **changes), 2)
+    training.wait_for("step 6/")
+    os.kill(training.ranks[1].pid, signal.SIGSTOP)
+    training.ranks[0].join(60)
+    assert training.ranks[0].exitcode == 3
+    output = training.kill()
     assert "has made no progress for 4 s (trainer.hang_seconds); rank 0 of 2" in output
     assert ("error: step " in output and "training_step" in output) or "backward" in output
 
@@ -73,13 +72,12 @@ def test_a_process_that_was_suspended_does_not_count_as_hanging(
     shards: Path, tmp_path: Path
 ) -> None:
     changes = LONG | {"trainer.hang_seconds": 2, "trainer.max_steps": 40}
-    process = start(command(tiny_run(shards, tmp_path, "run", **changes)))
-    wait_for_line(process, "step 6/")
-    os.kill(process.pid, signal.SIGSTOP)
+    training = start_training(tiny_run(shards, tmp_path, "run", **changes))
+    training.wait_for("step 6/")
+    os.kill(training.pid, signal.SIGSTOP)
     time.sleep(5)
-    os.kill(process.pid, signal.SIGCONT)
-    output = end_of(process)
-    assert process.returncode == 0, output
+    os.kill(training.pid, signal.SIGCONT)
+    training.finish()
 
 
 @contextlib.contextmanager
@@ -159,27 +157,27 @@ def test_lines_that_a_killed_process_did_not_finish(tmp_path: Path) -> None:
 @pytest.mark.parametrize("gone", ["checkpoints", "."])
 def test_a_folder_that_disappears_in_training(shards: Path, tmp_path: Path, gone: str) -> None:
     run = tmp_path / "run"
-    process = start(command(tiny_run(shards, tmp_path, "run", **LONG | {"trainer.max_steps": 60})))
-    wait_for_line(process, "step 12/")
+    changes = LONG | {"trainer.max_steps": 60}
+    training = start_training(tiny_run(shards, tmp_path, "run", **changes))
+    training.wait_for("step 12/")
     shutil.rmtree(run / gone)
-    output = end_of(process)
-    assert process.returncode == 0, output
+    output = training.finish()
     assert "has disappeared, with its checkpoints; it is made anew" in output
     assert last_checkpoint(run)["step"] == 60
     assert rows(run)[-1]["step"] == "60"
 
 
-def test_two_jobs_on_one_folder(shards: Path, tmp_path: Path) -> None:
+def test_two_jobs_on_one_folder(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     overrides = tiny_run(shards, tmp_path, "run", **LONG)
-    process = start(command(overrides))
-    wait_for_line(process, "step 6/")
-    second = run_command(overrides, env=one_thread())
-    assert second.returncode == 2
-    assert f"is in use by process {process.pid} on {socket.gethostname()}" in second.stderr
-    assert "Traceback" not in second.stderr
-    assert process.poll() is None
-    process.kill()
-    end_of(process)
+    first = start_training(overrides)
+    first.wait_for("step 6/")
+    assert train_in_process(overrides) == 2
+    error = capsys.readouterr().err
+    assert f"is in use by process {first.pid} on {socket.gethostname()}" in error
+    assert first.is_alive()
+    first.kill()
 
 
 def test_machines_that_see_different_files(

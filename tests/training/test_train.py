@@ -18,14 +18,13 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from forked import train
+from forked import start_training, train
 from tiny import command, run_command, tiny_run, train_in_process
 from whole_runs import (
     assert_equal_states,
+    children_of,
     last_checkpoint,
-    pids_of,
     rows,
-    start,
 )
 
 from blip2_train.checkpoint import io
@@ -44,19 +43,11 @@ def test_a_loader_process_that_is_killed_ends_the_run_with_a_sentence(
     shards: Path, tmp_path: Path
 ) -> None:
     overrides = tiny_run(shards, tmp_path, "killed", **{"data.num_workers": 2})
-    process = start(command(overrides, 1))
-    assert process.stdout is not None
-    lines = []
-    for line in process.stdout:
-        lines.append(line)
-        if "step 6/" in line:
-            loader = max(set(pids_of(f"run.dir={tmp_path}")) - {process.pid})
-            os.kill(loader, signal.SIGKILL)
-            break
-    lines += process.stdout.readlines()
-    process.stdout.close()
-    assert process.wait() == 3, "".join(lines)
-    assert [line for line in lines if line.startswith("error: a loader process died")], lines
+    training = start_training(overrides)
+    training.wait_for("step 6/")
+    os.kill(max(children_of(training.pid)), signal.SIGKILL)
+    output = training.finish(code=3)
+    assert "\nerror: a loader process died" in output, output
 
 
 def test_the_number_of_processes_hardly_changes_a_run(
@@ -310,16 +301,18 @@ def test_bad_input_of_the_command(shards: Path, tmp_path: Path) -> None:
     assert "optimizer.lr?" in done.stderr
 
 
-def test_help_is_quick_and_dry_run_trains_nothing(shards: Path, tmp_path: Path) -> None:
+def test_help_is_quick_and_dry_run_trains_nothing(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     started = time.perf_counter()
     done = run_command(["--help"])
     assert done.returncode == 0 and "stage1_vitg" in done.stdout
     assert time.perf_counter() - started < 10  # 0.4 s on a free machine
     script = "import sys, blip2_train.train; sys.exit('torch' in sys.modules)"
     assert subprocess.run([command([])[0], "-c", script], check=False).returncode == 0
-    done = run_command([*tiny_run(shards, tmp_path, "dry"), "--dry-run"])
-    assert done.returncode == 0, done.stderr
-    assert "batch 12" in done.stdout and "trained " in done.stdout and "GB" in done.stdout
+    assert train_in_process([*tiny_run(shards, tmp_path, "dry"), "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "batch 12" in said and "trained " in said and "GB" in said
     assert not (tmp_path / "dry").exists()
 
 
