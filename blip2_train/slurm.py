@@ -6,6 +6,8 @@ import subprocess
 import time
 from collections.abc import Mapping
 
+from blip2_train import signals
+
 log = logging.getLogger(__name__)
 
 
@@ -23,8 +25,13 @@ def requeue(rank: int, environ: Mapping[str, str] = os.environ) -> None:
     if job is None:
         return
     if rank != 0:
-        time.sleep(60)
+        time.sleep(200)
         return
+    with signals.noted():  # another one must not end scontrol
+        _ask(job)
+
+
+def _ask(job: str) -> None:
     for _ in range(3):
         try:
             done = subprocess.run(

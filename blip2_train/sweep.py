@@ -5,7 +5,9 @@ No torch here: the table is read from the runs' folders, wherever they were trai
 
 import csv
 import hashlib
+import io
 import itertools
+import math
 import re
 import sys
 from collections.abc import Iterable
@@ -22,10 +24,7 @@ from blip2_train.errors import UserError
 
 RESULTS = "results.csv"
 FAILURE = "failure.txt"
-LATER = (
-    "jobs that Slurm has started go on (squeue --me lists, scancel ends them); the same command "
-    "goes on with the sweep"
-)
+LATER = "the same command goes on with the sweep (jobs of Slurm go on by themselves: squeue --me)"
 
 
 def folder_name(overrides: str) -> str:
@@ -65,6 +64,8 @@ def jobs(overrides: list[str]) -> list[list[str]]:
             choices.append([f"{key}={value}" for value in override.sweep_string_iterator()])
         elif not given.startswith("hydra"):
             choices.append([given])
+    if own := [text for text in overrides if text.lstrip("+~").startswith("hydra.sweep.")]:
+        raise UserError(f"{own[0]}: give sweep.name, and run.dir where it is to be")
     if not any(override.is_sweep_override() for override in parsed):
         raise UserError("a sweep (-m) needs a key with several values, such as seed=1,2,3")
     return [list(job) for job in itertools.product(*choices)]
@@ -95,15 +96,16 @@ def results(folder: Path) -> list[dict[str, Any]]:
     for run in runs:
         config: dict[str, Any] = {}
         if (run / "config.yaml").is_file():
-            config = flatten(yaml.safe_load((run / "config.yaml").read_text()))
+            config = flatten(yaml.safe_load((run / "config.yaml").read_text()) or {})
         configs.append(config)
         step, found = _last_metrics(run / "metrics.csv")
         metrics.append(found)
+        saved = max((int(path.stem[5:]) for path in run.glob("checkpoints/step-*.ckpt")), default=0)
         status = f"stopped at step {step}"
-        if config and step >= config["trainer.max_steps"]:
-            status = "finished"
-        elif (run / FAILURE).is_file():
+        if (run / FAILURE).is_file():
             status = f"failed: {(run / FAILURE).read_text().strip()}"
+        elif saved >= config.get("trainer.max_steps", math.inf):
+            status = "finished"
         rows.append({"run": run.name, "status": status, "step": step})
     known = [config for config in configs if config]
     varied = [
@@ -123,14 +125,14 @@ def _last_metrics(path: Path) -> tuple[int, dict[str, float]]:
     step = 0
     last: dict[str, float] = {}
     if path.is_file():
-        with path.open(newline="") as file:
-            for row in csv.DictReader(file):
-                step = int(row["step"])
-                last |= {
-                    name: float(value)
-                    for name, value in row.items()
-                    if value and name.startswith(("val/", "train/"))
-                }
+        text = path.read_text()
+        for row in csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1])):  # whole lines
+            step = int(row["step"])
+            last |= {
+                name: float(value)
+                for name, value in row.items()
+                if value and name.startswith(("val/", "train/"))
+            }
     return step, dict(sorted(last.items(), reverse=True))  # val/ before train/
 
 

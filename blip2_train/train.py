@@ -8,12 +8,16 @@
 
 The same command again continues the run (with -m: the sweep). Exit codes: 0 finished; 2 something
 given is wrong, one sentence says what; 3 trouble from outside, such as a data server or another
-process that is gone; 128 + n signal n ended the run, which was saved; 1 a bug, with its traceback.
+process that is gone; 128 + n signal n ended the run, which was saved (130, Ctrl-C: it was not); 1 a
+bug, with its traceback.
 """
 
 import logging
 import re
+import signal
 import sys
+import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +159,9 @@ def run(arguments: list[str]) -> int:
         train(compose(*_split(arguments)), dry_run=dry_run)
     except signals.Stopped as stopped:
         return 128 + stopped.number
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
     except UserError as error:
         return _refuse(error)
     except RuntimeError as error:
@@ -179,6 +186,7 @@ def run_sweep(arguments: list[str], dry_run: bool = False) -> int:
     All its configurations are checked before the first one is trained; one that fails in training
     does not stop the others.
     """
+    first: DictConfig | None = None
     try:
         overrides, folders = _split(arguments)
         jobs = sweep.jobs(overrides)
@@ -188,22 +196,36 @@ def run_sweep(arguments: list[str], dry_run: bool = False) -> int:
                 print(f"\n{' '.join(job)}")
                 train(cfg, dry_run=True)
             else:
-                validate(to_plain(cfg))
+                validate(to_plain(cfg), launch().world_size)
+            first = first or cfg
     except UserError as error:
         return _refuse(error)
     if dry_run:
         return 0
-    folder = Path(cfg.run.dir) / cfg.sweep.name
-    fixed = sorted({o.split("=", 1)[0].lstrip("+~") for o in overrides} - sweep.keys(overrides))
-    names = f"hydra.job.config.override_dirname.exclude_keys=[{','.join(fixed)}]"
-    sys.argv[1:] = ["-m", *arguments, names]
+    assert first is not None
+    folder = Path(first.run.dir) / first.sweep.name
+    fixed = {o.split("=", 1)[0].lstrip("+~") for o in overrides} - sweep.keys(overrides)
+    names = ",".join(sorted({*fixed, "sweep.name"}))
+    sys.argv[1:] = [
+        "-m", *arguments,
+        # fixed here, for what they are made of may vary
+        f"sweep.name={first.sweep.name}", f"hydra.sweep.dir='{folder}'",
+        f"hydra.job.config.override_dirname.exclude_keys=[{names}]",
+    ]  # fmt: skip
+    stopped = False
     try:
         _hydra_main()
     except KeyboardInterrupt:
-        print(f"stopped; {sweep.LATER}", file=sys.stderr)
+        stopped = True
+    except SystemExit as error:
+        if error.code != 1 or launch().world_size > 1:
+            raise
+        stopped = True  # Hydra has shown why; a job of Slurm may have died
     finally:
         if launch().rank == 0:
             unfinished = sweep.report(folder)
+    if stopped:
+        print(f"stopped; {sweep.LATER}", file=sys.stderr)
     if launch().rank == 0 and unfinished:
         print(f"error: {unfinished} run(s) are not finished; {sweep.LATER}", file=sys.stderr)
         return 2
@@ -226,10 +248,13 @@ def _train_one(cfg: DictConfig) -> None:
         if launch().rank == 0:
             sweep.note_failure(folder, str(error))
         _refuse(error)
-    except RuntimeError as error:
-        if (reason := _outside(error)) is None:
-            raise
-        raise SystemExit(_refuse(RankError(reason))) from error
+    except Exception as error:
+        if isinstance(error, RuntimeError) and (reason := _outside(error)):
+            raise SystemExit(_refuse(RankError(reason))) from error
+        traceback.print_exc()
+        sweep.note_failure(folder, f"{type(error).__name__}: {error}".splitlines()[0])
+        if launch().world_size > 1:  # the others may wait in a collective for ever
+            raise SystemExit(1) from error
     _leave_group()
 
 
@@ -304,7 +329,14 @@ def _hydra_main(cfg: DictConfig) -> Any:
 
 def main() -> None:
     """Entry point of `blip2-train`."""
-    sys.exit(run(sys.argv[1:]))
+    code = run(sys.argv[1:])
+    for number in signals.CAUGHT:
+        signal.signal(number, signal.SIG_IGN)  # the exit code is decided
+    if code == 2 and launch().launcher == "slurm":
+        # srun ends all tasks with the first one that fails, and takes that for the job's exit code:
+        # let each of them say by itself what is wrong
+        time.sleep(15)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

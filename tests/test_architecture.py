@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "distributed": set(),
     "rules": set(),
     "signals": set(),
-    "slurm": set(),
+    "slurm": {"signals"},
     "config": {"errors", "rules"},
     "models": {"errors"},
     "data": {"errors", "seeding", "distributed"},

@@ -125,7 +125,7 @@ class Checkpointing(pl.Callback):
         self.resume = resume
         self.start_step = state.step
         self.saved_step = state.step
-        self.has_saved = False
+        self.had_folder = folder.is_dir()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Restores the optimizer and the step counters (weights were loaded before)."""
@@ -145,24 +145,27 @@ class Checkpointing(pl.Callback):
         if step % self.every == 0 or validated or step >= trainer.max_steps:
             self.save_now(trainer, pl_module)
 
-    def save_now(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Writes the checkpoint of the current step, if there is none yet."""
+    def save_now(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
+        """Writes the checkpoint of the current step, if there is none yet; whether there is one."""
         if trainer.global_step > self.saved_step:
             with self.paused():
-                self.save(trainer, pl_module)
+                if not self.save(trainer, pl_module):
+                    return False
+            self.saved_step = trainer.global_step
+        return True
 
-    def save(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Writes the checkpoint of the current step; all ranks call it."""
+    def save(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
+        """Writes the checkpoint of the current step, or says why not; all ranks call it."""
         world = current_world()
         state = self.state
-        state.step = self.saved_step = trainer.global_step
+        state.step = trainer.global_step
         done = (state.step - self.start_step) * trainer.accumulate_grad_batches
         state.drawn = self.drawn_after(done)
         state.skips = pl_module.skips.tolist()  # type: ignore[operator]
         state.counted = self.counted(pl_module)
         failure = None
         if world.rank == 0:
-            if self.has_saved and not self.folder.is_dir():
+            if self.had_folder and not self.folder.is_dir():
                 log.error("%s has disappeared, with its checkpoints; it is made anew", self.folder)
             content = {
                 "format": io.FORMAT,
@@ -173,10 +176,13 @@ class Checkpointing(pl.Callback):
             }
             try:
                 io.save(io.step_path(self.folder, state.step), content)
-                self.has_saved = True
-                io.prune(self.folder, scores=state.scores, **self.keep)  # type: ignore[arg-type]
+                self.had_folder = True
             except OSError as error:
                 failure = f"checkpoint of step {state.step} could not be written: {error}"
+            try:
+                io.prune(self.folder, scores=state.scores, **self.keep)  # type: ignore[arg-type]
+            except OSError as error:
+                log.error("old checkpoints could not be deleted: %s", error)
         failure = broadcast_object(failure, world)
         if failure is not None and state.step >= trainer.max_steps:
             raise UserError(
@@ -185,6 +191,7 @@ class Checkpointing(pl.Callback):
         if failure is not None:
             log.error("%s; older checkpoints are untouched, and the run goes on", failure)
         barrier(world)
+        return failure is None
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:

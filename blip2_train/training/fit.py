@@ -1,7 +1,9 @@
 """The whole of a training, whatever its stage: resume or start, build, train."""
 
 import functools
+import gc
 import logging
+import signal
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,7 +24,7 @@ from blip2_train.errors import UserError
 from blip2_train.models.freezing import freeze_unreached
 from blip2_train.signals import Stopped
 from blip2_train.training.build import log_parameters, run_folder
-from blip2_train.training.checkpointing import Checkpointing, load_trained
+from blip2_train.training.checkpointing import Checkpointing, RunState, load_trained
 from blip2_train.training.clip import ClipStage
 from blip2_train.training.devices import (
     check_devices,
@@ -51,7 +53,13 @@ from blip2_train.training.resume import (
     find_checkpoint,
     new_state,
 )
-from blip2_train.training.run_log import MetricsCsv, SkippedLog, finish_wandb, wandb_logger
+from blip2_train.training.run_log import (
+    MetricsCsv,
+    SkippedLog,
+    finish_wandb,
+    wandb_logger,
+    write_whole,
+)
 from blip2_train.training.run_report import RunReport
 from blip2_train.training.stage import Stage
 from blip2_train.training.stage1 import Stage1
@@ -101,7 +109,8 @@ def fit(cfg: Mapping[str, Any], launch: Launch, *, patient: bool = False) -> Pat
         environment.main_address,
         environment.main_port,
         cuda=cuda,
-        timeout=1.5 * cfg["trainer"]["hang_seconds"],  # the watchdog says more, so it comes first
+        # the watchdog says more, so it comes first; in start-up, ranks wait for one another longer
+        timeout=max(1.5 * cfg["trainer"]["hang_seconds"], 600),
     )
     batch = plan_batch(cfg["batch"]["size"], cfg["batch"]["accumulate"], world.size)
     check_locality(cfg["data"]["locality"], batch.contrastive, launch)
@@ -158,12 +167,13 @@ def _train(
     image_size = stage.image_size(model)
     stream = train_stream(cfg, batch, sources, stage.collate(), world, state.drawn, image_size)
     feeder = Feeder(train_loader(stream, cfg, cuda), stage.text_bucket, world)
+    logs: list[Any] = []
+    on_rank_zero(lambda: logs.extend(open_logs(folder, state)), world)
     loggers: list[Logger] = []
     skipped = None
     if world.rank == 0:
-        (folder / "config.yaml").write_text(state.config)
-        skipped = SkippedLog(folder / "skipped.jsonl", state.step)
-        loggers.append(MetricsCsv(folder / "metrics.csv", state.step))
+        skipped, metrics = logs
+        loggers.append(metrics)
         if wandb := wandb_logger(folder, cfg["wandb"], cfg, state.wandb_id):
             loggers.append(wandb)
             state.wandb_id = wandb.experiment.id
@@ -213,14 +223,36 @@ def _train(
 
     # 3. train
     log.info("%s", batch)
-    with signals.noted():
-        trainer.fit(module, train_dataloaders=feeder)
+    try:
+        with signals.noted():
+            trainer.fit(module, train_dataloaders=feeder)
+    except SystemExit as error:  # Lightning's answer to Ctrl-C
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        raise KeyboardInterrupt from error
     if preemption.stopped:
-        log.info("run %s is saved at step %d", folder, trainer.global_step)
+        if preemption.saved:
+            log.info("run %s is saved at step %d", folder, trainer.global_step)
+        finish_wandb(patience=60)  # Slurm is about to end this process
         return preemption.stopped
     on_rank_zero(functools.partial(export, stage, folder, model), world)
     log.info("run %s is finished at step %d", folder, trainer.global_step)
     return 0
+
+
+def open_logs(folder: Path, state: RunState) -> tuple[SkippedLog, MetricsCsv]:
+    """Writes config.yaml and opens the logs, from which steps that will come again are dropped.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    try:
+        write_whole(folder / "config.yaml", state.config)
+        return (
+            SkippedLog(folder / "skipped.jsonl", state.step),
+            MetricsCsv(folder / "metrics.csv", state.step),
+        )
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written ({error}); make room there") from error
 
 
 def load_checkpoint(path: Path, world: World) -> dict[str, Any]:
@@ -242,6 +274,7 @@ def leave() -> None:
     """Leaves the other ranks and the W&B run: another training may follow in this process."""
     distributed.stop()
     finish_wandb()
+    gc.collect()  # a model, its trainer and its loaders refer to each other
 
 
 def fetch_once_per_machine(stage: Stage, launch: Launch, world: World) -> None:

@@ -24,18 +24,20 @@ class Preemption(pl.Callback):
     that nobody waits for the answer.
 
     Args:
-        save: writes a checkpoint of the current step; called on all ranks.
+        save: writes a checkpoint of the current step, called on all ranks; whether it could.
         lock: of the run's folder; rank 0 alone has it.
 
     Attributes:
         stopped: number of the signal that ended the training, 0: none did.
+        saved: whether there is a checkpoint of the step after which it ended.
     """
 
-    def __init__(self, save: Callable[[pl.Trainer, Any], None], lock: RunLock | None) -> None:
+    def __init__(self, save: Callable[[pl.Trainer, Any], bool], lock: RunLock | None) -> None:
         self.save = save
         self.lock = lock
         self.asked: PendingMaximum | None = None
         self.stopped = 0
+        self.saved = False
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
@@ -53,7 +55,7 @@ class Preemption(pl.Callback):
         if found:
             name = signal.Signals(found).name
             log.warning("%s: saving step %d, then stopping", name, trainer.global_step)
-            self.save(trainer, pl_module)
+            self.saved = self.save(trainer, pl_module)
             self.stopped = found
             trainer.should_stop = True
             return

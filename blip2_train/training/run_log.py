@@ -8,6 +8,7 @@ import logging
 import netrc
 import os
 import sys
+import threading
 from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
@@ -88,16 +89,11 @@ class MetricsCsv(Logger):
         append(self.path, text.getvalue())
 
     def _write(self, columns: list[str], rows: list[dict[str, Any]]) -> None:
-        temporary = self.path.with_suffix(".tmp")
-        try:
-            with temporary.open("w", newline="") as file:
-                writer = csv.DictWriter(file, columns)
-                writer.writeheader()
-                writer.writerows(rows)
-            os.replace(temporary, self.path)
-        except OSError:
-            temporary.unlink(missing_ok=True)
-            raise
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+        write_whole(self.path, text.getvalue())
         self.columns = columns
 
 
@@ -115,7 +111,7 @@ class SkippedLog:
         if path.is_file():
             lines = whole_lines(path.read_text()).splitlines(keepends=True)
             kept = [line for line in lines if json.loads(line)["step"] <= start_step]
-            path.write_text("".join(kept))
+            write_whole(path, "".join(kept))
 
     def add(self, step: int, skipped: list[Mapping[str, Any]]) -> None:
         """Appends lines; those that cannot be written are kept for the next time."""
@@ -128,6 +124,21 @@ class SkippedLog:
             log.error("%s could not be written (%s); training goes on", self.path, error)
         else:
             self.waiting = ""
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file, or leaves the one that was there.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        temporary.write_text(text, newline="")
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def append(path: Path, text: str) -> None:
@@ -200,7 +211,12 @@ def wandb_logger(
     )
 
 
-def finish_wandb() -> None:
-    """Ends this process's W&B run, if there is one."""
+def finish_wandb(patience: float | None = None) -> None:
+    """Ends this process's W&B run, if there is one, within so many seconds."""
     if wandb := sys.modules.get("wandb"):
-        wandb.finish()
+        if patience is None:
+            wandb.finish()
+            return
+        thread = threading.Thread(target=wandb.finish, daemon=True)
+        thread.start()
+        thread.join(patience)

@@ -9,6 +9,7 @@ from whole_runs import one_thread
 
 from blip2_train import sweep
 from blip2_train.checkpoint import io
+from blip2_train.training.module import StageModule
 
 SHORT = {"validation.every": 4, "trainer.max_steps": 4, "checkpoint.every": 2}
 
@@ -93,6 +94,7 @@ def test_two_runs_on_two_processes(shards: Path, tmp_path: Path) -> None:
         ("seed=1,-2", "seed=-2"),
         ("optimizer.lr=1e-3,fast", "optimizer.lr=fast"),
         ("seed=1,2)", "seed=1,2)"),
+        ("hydra.sweep.dir=elsewhere", "give sweep.name"),
     ],
 )
 def test_every_configuration_is_checked_first(
@@ -110,3 +112,52 @@ def test_dry_run(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture) ->
     printed = capsys.readouterr().out
     assert "batch 12 =" in printed and "batch 24 =" in printed
     assert not (tmp_path / "tiny_sweep").exists()
+
+
+def test_what_a_bug_ends_is_a_failed_run(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Memory that ran out, say: the next run goes on in a process without leftovers."""
+    step = StageModule.training_step
+    calls = 0
+
+    def training_step(self, batch, number):  # type: ignore[no-untyped-def]
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise RuntimeError("CUDA out of memory\nand so on")
+        return step(self, batch, number)
+
+    monkeypatch.setattr(StageModule, "training_step", training_step)
+    overrides = tiny_run(shards, tmp_path, "tiny", **SHORT | {"wandb.mode": "offline"})
+    assert train_in_process(["-m", *overrides, "seed=1,2"]) == 2
+    assert "Traceback" in capsys.readouterr().err
+    rows = table(tmp_path / "tiny_sweep")
+    assert [row["status"] for row in rows] == [
+        "failed: RuntimeError: CUDA out of memory",
+        "finished",
+    ]
+    runs = [list(tmp_path.glob(f"tiny_sweep/seed-{seed}/wandb/offline-run-*")) for seed in (1, 2)]
+    assert [len(found) for found in runs] == [1, 1]
+
+
+def test_experiments_and_names_may_vary(shards: Path, tmp_path: Path) -> None:
+    overrides = tiny_run(shards, tmp_path, "tiny", **SHORT)
+    named = [o for o in overrides if not o.startswith("run.name=")]
+    assert train_in_process(["-m", *named, "run.name=a,b"]) == 0
+    assert folders(tmp_path / "a_sweep") == ["run.name-a", "run.name-b"]
+    assert {path.name for path in tmp_path.iterdir()} == {"a_sweep"}
+
+
+def test_a_run_whose_last_checkpoint_is_missing_is_not_finished(
+    shards: Path, tmp_path: Path
+) -> None:
+    overrides = tiny_run(shards, tmp_path, "tiny", **SHORT)
+    assert train_in_process(["-m", *overrides, "seed=1,2"]) == 0
+    run = tmp_path / "tiny_sweep" / "seed-1"
+    io.step_path(run / "checkpoints", 4).unlink()
+    with (run / "metrics.csv").open("a") as file:
+        file.write("5,1.2e-")  # the end of a process that was killed
+    (tmp_path / "tiny_sweep" / "seed-2" / "config.yaml").write_text("")
+    rows = sweep.results(tmp_path / "tiny_sweep")
+    assert [row["status"] for row in rows] == ["stopped at step 4"] * 2
