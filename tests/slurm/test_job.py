@@ -175,3 +175,16 @@ def test_a_mistake_is_not_tried_again(cluster: Cluster, tmp_path: Path) -> None:
     assert "ExitCode=2:0" in cluster.call("scontrol", "show", "job", job.id)
     assert not list(tmp_path.glob("*.failures"))
     assert "Restarts=0" in cluster.call("scontrol", "show", "job", job.id)
+
+
+def test_a_cancelled_job_stays_cancelled(cluster: Cluster, shards: Path, tmp_path: Path) -> None:
+    """In start-up all ranks end at once, so nothing but Slurm keeps the script from going on."""
+    job = Job(cluster, tmp_path, overrides(shards, tmp_path, "run", 100))
+    end = time.monotonic() + PATIENCE
+    while len(job.ranks()) < 4:
+        assert time.monotonic() < end, cluster.state_of(job.id)
+        time.sleep(0.1)
+    cluster.call("scancel", job.id)
+    cluster.wait(job.id)
+    said = cluster.call("scontrol", "show", "job", job.id)
+    assert "JobState=CANCELLED" in said and "Restarts=0" in said

@@ -77,6 +77,14 @@ def test_in_start_up_it_ends_at_once(
     assert not (tmp_path / "run" / "lock.json").exists()
 
 
+def test_ctrl_c_ends_it_with_a_sentence(shards: Path, tmp_path: Path) -> None:
+    training = start_training(tiny_run(shards, tmp_path, "run", **LONG))
+    training.wait_for("step 6/")
+    os.kill(training.pid, signal.SIGINT)
+    output = training.finish(code=130)
+    assert "\nstopped; the same command goes on" in output and "Traceback" not in output
+
+
 def test_handlers_are_put_back() -> None:
     before = signal.getsignal(signal.SIGTERM)
     with signals.caught():
