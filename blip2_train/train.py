@@ -209,10 +209,10 @@ def run_sweep(arguments: list[str], dry_run: bool = False) -> int:
     sys.argv[1:] = [
         "-m", *arguments,
         # fixed here, for what they are made of may vary
-        f"sweep.name={first.sweep.name}", f"hydra.sweep.dir='{folder}'",
+        f"sweep.name='{first.sweep.name}'", f"hydra.sweep.dir='{folder}'",
         f"hydra.job.config.override_dirname.exclude_keys=[{names}]",
     ]  # fmt: skip
-    stopped = False
+    stopped, unfinished = False, 0
     try:
         _hydra_main()
     except KeyboardInterrupt:
@@ -226,10 +226,9 @@ def run_sweep(arguments: list[str], dry_run: bool = False) -> int:
             unfinished = sweep.report(folder)
     if stopped:
         print(f"stopped; {sweep.LATER}", file=sys.stderr)
-    if launch().rank == 0 and unfinished:
+    elif unfinished:
         print(f"error: {unfinished} run(s) are not finished; {sweep.LATER}", file=sys.stderr)
-        return 2
-    return 0
+    return 2 if stopped or unfinished else 0
 
 
 def _train_one(cfg: DictConfig) -> None:

@@ -4,6 +4,7 @@ import csv
 from pathlib import Path
 
 import pytest
+from hydra.core.plugins import Plugins
 from tiny import run_command, tiny_run, train_in_process
 from whole_runs import one_thread
 
@@ -139,6 +140,18 @@ def test_what_a_bug_ends_is_a_failed_run(
     ]
     runs = [list(tmp_path.glob(f"tiny_sweep/seed-{seed}/wandb/offline-run-*")) for seed in (1, 2)]
     assert [len(found) for found in runs] == [1, 1]
+
+
+def test_a_launcher_that_fails(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def launch(*_: object, **__: object) -> None:
+        raise RuntimeError("no such partition")
+
+    monkeypatch.setattr(Plugins, "instantiate_launcher", launch)
+    assert train_in_process(["-m", *tiny_run(shards, tmp_path, "tiny"), "seed=1,2"]) == 2
+    error = capsys.readouterr().err
+    assert "no such partition" in error and "stopped; the same command goes on" in error
 
 
 def test_experiments_and_names_may_vary(shards: Path, tmp_path: Path) -> None:
