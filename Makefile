@@ -9,7 +9,7 @@ READY := $(VENV)/.ready
 demo: $(READY)
 	$(BIN)/blip2-demo --out runs/demo
 
-# One thread each: for two cores that is one more than there is work for, as many tests wait.
+# One thread each, and a process more than cores: many tests wait for something.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 3 --dist loadfile \
 	--no-loadscope-reorder
 

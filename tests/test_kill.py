@@ -21,9 +21,9 @@ from blip2_train.checkpoint import io
 
 # Most of a run is steps; saves and validations come often, and dropout is on.
 CHANGES = {
-    "trainer.max_steps": 36,
+    "trainer.max_steps": 24,
     "trainer.log_every": 5,
-    "validation.every": 9,
+    "validation.every": 6,
     "checkpoint.every": 2,
     "qformer.dropout": 0.1,
     "batch.accumulate": 2,
@@ -43,7 +43,7 @@ def test_killed_at_random_moments(
     seed = random.randrange(2**32)
     rng = random.Random(seed)
     for number in range(kills):
-        if newest(checkpoints) >= 36:  # finished before it was killed: from the start again
+        if newest(checkpoints) >= 24:  # finished before it was killed: from the start again
             shutil.rmtree(tmp_path / "killed")
         before = newest(checkpoints)
         log = tmp_path / "log"
