@@ -235,7 +235,6 @@ def _train_one(cfg: DictConfig) -> None:
     """One run of a sweep: whatever ends it, on all ranks alike, does not end the sweep."""
     _set_up_logging()  # this may be a process of Slurm's
     folder = Path(HydraConfig.get().runtime.output_dir)
-    cfg.sweep.name = folder.parent.name  # before it would follow run.name
     cfg.run.dir, cfg.run.name = str(folder.parent), folder.name
     if launch().rank == 0:
         sweep.note_failure(folder, None)

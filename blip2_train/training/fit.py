@@ -283,15 +283,7 @@ def fetch_once_per_machine(stage: Stage, launch: Launch, world: World) -> None:
     Raises:
         UserError: on all ranks, where one of them cannot be had.
     """
-    problem = None
-    if launch.local_rank == 0:
-        try:
-            stage.download()
-        except UserError as error:
-            problem = str(error)
-    for found in distributed.gather_objects(problem, world):
-        if found is not None:
-            raise UserError(found)
+    on_every_rank(stage.download if launch.local_rank == 0 else lambda: None, world)
 
 
 def export(stage: Stage, folder: Path, model: Any) -> None:
