@@ -65,16 +65,19 @@ def caught() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        _state.noting = False
 
 
 @contextlib.contextmanager
 def noted() -> Iterator[None]:
-    """Within, and within `caught`, they are noted for `received` and nothing else happens."""
+    """Within, and within `caught`, they are noted for `received` and nothing else happens.
+
+    After an error they stay so until the end of `caught`: a launcher ends all processes once one
+    has failed, and each is to say first what it knows.
+    """
     _state.noting = True
-    try:
-        yield
-    finally:
-        _state.noting = False
+    yield
+    _state.noting = False
 
 
 def obey_parent_only() -> None:

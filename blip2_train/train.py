@@ -62,7 +62,8 @@ def train(cfg: DictConfig, *, dry_run: bool = False, patient: bool = False) -> P
 
     Raises:
         UserError: something in the configuration or on the disk is wrong.
-        Stopped: a signal ended the run; where it asked for that, Slurm will start it again.
+        Stopped: within `signals.caught`, one of them ended the run; where it asked for that, Slurm
+            will start it again.
     """
     started = launch()
     plain = to_plain(cfg)
@@ -76,15 +77,14 @@ def train(cfg: DictConfig, *, dry_run: bool = False, patient: bool = False) -> P
 
         describe(plain, started)
         return None
-    with signals.caught():
-        try:
-            from blip2_train.training.fit import fit
+    try:
+        from blip2_train.training.fit import fit
 
-            return fit(plain, started, patient=patient)
-        except signals.Stopped as stopped:
-            if stopped.number in signals.REQUEUE:
-                slurm.requeue(started.rank)
-            raise
+        return fit(plain, started, patient=patient)
+    except signals.Stopped as stopped:
+        if stopped.number in signals.REQUEUE:
+            slurm.requeue(started.rank)
+        raise
 
 
 def compose(overrides: list[str], config_dirs: tuple[str, ...] = ()) -> DictConfig:
@@ -142,6 +142,7 @@ def compose(overrides: list[str], config_dirs: tuple[str, ...] = ()) -> DictConf
     return cfg
 
 
+@signals.caught()
 def run(arguments: list[str]) -> int:
     """Runs a command line and returns the exit code."""
     _set_up_logging()
@@ -231,6 +232,7 @@ def run_sweep(arguments: list[str], dry_run: bool = False) -> int:
     return 2 if stopped or unfinished else 0
 
 
+@signals.caught()
 def _train_one(cfg: DictConfig) -> None:
     """One run of a sweep: whatever ends it, on all ranks alike, does not end the sweep."""
     _set_up_logging()  # this may be a process of Slurm's

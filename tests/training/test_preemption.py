@@ -99,6 +99,16 @@ def test_handlers_are_put_back() -> None:
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+def test_after_an_error_a_signal_does_not_keep_it_from_being_said() -> None:
+    with signals.caught():
+        with pytest.raises(RuntimeError), signals.noted():
+            raise RuntimeError("another process is gone")
+        os.kill(os.getpid(), signal.SIGTERM)  # of the launcher, which has seen that too
+        assert signals.received() == signal.SIGTERM
+    with signals.caught(), pytest.raises(signals.Stopped):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
 def test_lightning_installs_no_handler_of_its_own(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
