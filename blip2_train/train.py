@@ -142,9 +142,13 @@ def compose(overrides: list[str], config_dirs: tuple[str, ...] = ()) -> DictConf
     return cfg
 
 
-@signals.caught()
 def run(arguments: list[str]) -> int:
     """Runs a command line and returns the exit code."""
+    with signals.caught():
+        return _run(arguments)
+
+
+def _run(arguments: list[str]) -> int:
     _set_up_logging()
     dry_run = "--dry-run" in arguments
     arguments = [a for a in arguments if a != "--dry-run"]
@@ -232,7 +236,6 @@ def run_sweep(arguments: list[str], dry_run: bool = False) -> int:
     return 2 if stopped or unfinished else 0
 
 
-@signals.caught()
 def _train_one(cfg: DictConfig) -> None:
     """One run of a sweep: whatever ends it, on all ranks alike, does not end the sweep."""
     _set_up_logging()  # this may be a process of Slurm's
@@ -323,7 +326,8 @@ def _leave_group() -> None:
 def _hydra_main(cfg: DictConfig) -> Any:
     """Help, `--cfg job` and sweeps are Hydra's."""
     if HydraConfig.get().mode == RunMode.MULTIRUN:
-        return _train_one(cfg)
+        with signals.caught():
+            return _train_one(cfg)
     return str(train(cfg))
 
 

@@ -109,6 +109,7 @@ def _run(
     main: Callable[[list[str]], int], arguments: list[str], environ: dict[str, str], log: str
 ) -> None:
     os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored if a shell started us with &
     begin(environ)
     file = os.open(log, os.O_WRONLY | os.O_APPEND)
     os.dup2(file, 1)
