@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from blip2_train.data.batch import lm_targets
+from blip2_train.data.batch import lm_targets, text_tokens
 from blip2_train.models.qformer import QFormer
+from blip2_train.models.rows import Group, Span
 from blip2_train.models.stage1 import Blip2Stage1
 from blip2_train.training.objectives import ItcConfig, LossConfig
 
@@ -58,6 +59,7 @@ def tiny_batch(size: int, seed: int = 0, ids: list[int] | None = None) -> dict[s
         "input_ids": input_ids * mask,
         "attention_mask": mask,
         "image_id": torch.arange(size) if ids is None else torch.tensor(ids),
+        "text_index": text_tokens(mask),
         "lm_index": lm_targets(mask),
         "text_length": int(lengths.max()),
         "image_embeds": torch.randn(size, PATCHES, WIDTH, generator=generator, dtype=torch.float64),
@@ -66,10 +68,20 @@ def tiny_batch(size: int, seed: int = 0, ids: list[int] | None = None) -> dict[s
 
 def rows_of(batch: dict[str, Any], rows: slice) -> dict[str, Any]:
     """Some rows of a batch; its text length stays that of the whole."""
-    part = {k: v[rows] for k, v in batch.items() if isinstance(v, Tensor) and k != "lm_index"}
+    part = {k: v[rows] for k, v in batch.items() if isinstance(v, Tensor) and "_index" not in k}
     part["text_length"] = batch["text_length"]
+    part["text_index"] = text_tokens(part["attention_mask"])
     part["lm_index"] = lm_targets(part["attention_mask"])
     return part
+
+
+def one_pass(qformer: QFormer, image: Any, ids: Tensor, mask: Tensor) -> Tensor:
+    """Every position's state [R, Q + T, D] of R pairs, under any mask; nothing is left out."""
+    (R, T), Q = ids.shape, qformer.num_query_tokens
+    spans = Span(0, R, Q), Span(R * Q, R, T)
+    hidden = torch.cat([qformer.embed_queries(R), qformer.embed_text(ids)])
+    hidden, _ = qformer._blocks(hidden, [Group(spans, mask)], R * Q, [(image, 1)])
+    return torch.cat([span.pad(hidden) for span in spans], dim=1)
 
 
 def loss_config(

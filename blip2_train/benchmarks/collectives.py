@@ -26,7 +26,7 @@ from torch import nn
 
 from blip2_train import distributed
 from blip2_train.benchmarks.machine import processor, versions
-from blip2_train.data.batch import lm_targets
+from blip2_train.data.batch import lm_targets, text_tokens
 from blip2_train.distributed import World, barrier, gather_objects, ring_sum_bytes, traffic
 from blip2_train.models.qformer import QFormer
 from blip2_train.models.stage1 import Blip2Stage1
@@ -148,7 +148,8 @@ def _random_batch(batch: int, tokens: int, width: int, seed: int) -> tuple[torch
     embeds = torch.randn(batch, tokens, width, generator=generator).bfloat16()
     image_id = seed * batch + torch.arange(batch)
     text = {"input_ids": ids, "attention_mask": mask, "image_id": image_id}
-    return embeds, text | {"lm_index": lm_targets(mask), "text_length": TEXT}
+    index = {"text_index": text_tokens(mask), "lm_index": lm_targets(mask)}
+    return embeds, text | index | {"text_length": TEXT}
 
 
 def _step(model: Any, embeds: torch.Tensor, text: dict, step: int, world: World) -> None:

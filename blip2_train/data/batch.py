@@ -63,6 +63,7 @@ class ImageTextBatch(Pictures):
     input_ids: torch.Tensor  # int64 [B, T], [CLS] ... [SEP] [PAD] ...
     attention_mask: torch.Tensor  # int64 [B, T], 0 on padding
     image_id: torch.Tensor  # int64 [B], equal for the same image
+    text_index: torch.Tensor  # int64 [n], see `text_tokens`
     lm_index: torch.Tensor  # int64 [M], see `lm_targets`
     text: list[str]
     keys: list[str]
@@ -130,6 +131,18 @@ def tokenise(
     return torch.tensor(encoded["input_ids"]), torch.tensor(encoded["attention_mask"])
 
 
+def text_tokens(attention_mask: torch.Tensor) -> torch.Tensor:
+    """Find the tokens, so that nothing need be computed for padding.
+
+    Args:
+        attention_mask: int64 [B, T].
+
+    Returns:
+        int64 [n], flat positions b * T + t, ascending.
+    """
+    return attention_mask.flatten().nonzero().squeeze(1)
+
+
 def lm_targets(attention_mask: torch.Tensor) -> torch.Tensor:
     """Find the positions that predict a token, those whose next token is not padding.
 
@@ -170,6 +183,7 @@ def collate(
         "input_ids": input_ids,
         "attention_mask": attention_mask,
         "image_id": torch.tensor([sample.image_id for sample in samples]),
+        "text_index": text_tokens(attention_mask),
         "lm_index": lm_targets(attention_mask),
         "text": texts,
         "keys": [sample.key for sample in samples],

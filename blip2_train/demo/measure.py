@@ -181,7 +181,7 @@ def _matching(stage: BertTextStage, model: Any, image: ImageKV) -> Score:
         logits = []
         for part in chunks(len(rows), AT_ONCE):
             shown = [(key[rows[part]], value[rows[part]]) for key, value in image]
-            logits.append(model.match([(shown, 1)], ids[part], mask[part])[0][:, 1])
+            logits.append(model.match([(shown, 1)], ids[part], mask[part])[:, 1])
         return torch.cat(logits).view(len(captions), -1)
 
     return score

@@ -7,7 +7,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from blip2_train.models.qformer import CrossAttention, ImageKV, QFormer, split_heads
+from blip2_train.models.blocks import CrossAttention, split_heads
+from blip2_train.models.qformer import ImageKV, QFormer
 
 
 @torch.no_grad()
@@ -28,7 +29,8 @@ def attention_maps(qformer: QFormer, image: ImageKV) -> Tensor:
 
     def weigh(module: CrossAttention, inputs: tuple) -> None:
         queries, ((key, _), _) = inputs[0], inputs[1][0]
-        query = split_heads(module.query(queries), module.num_heads)  # [B, H, Q, Dh]
+        query = module.query(queries).unflatten(0, (len(key), -1))
+        query = split_heads(query, module.num_heads)  # [B, H, Q, Dh]
         scores = query @ key.transpose(2, 3) * query.shape[-1] ** -0.5
         found.append(scores.softmax(dim=-1).mean(dim=1))
 

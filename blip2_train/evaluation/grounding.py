@@ -18,7 +18,7 @@ from torch import Tensor
 
 from blip2_train.distributed import World, gather_objects
 from blip2_train.evaluation.retrieval import chunks
-from blip2_train.models.qformer import KeyValue
+from blip2_train.models.blocks import KeyValue
 from blip2_train.models.stage1 import Blip2Stage1, widen
 
 # Nats per token; below it captions hardly depend on the image.

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from blip2_train.data.batch import lm_targets
+from blip2_train.data.batch import lm_targets, text_tokens
 from blip2_train.distributed import World, gather_objects
 from blip2_train.errors import UserError
 from blip2_train.evaluation.retrieval import chunks, pairs_to_match, recalls, rerank
@@ -77,6 +77,7 @@ def first_captions(batch: dict[str, Any]) -> dict[str, Any]:
         "input_ids": batch["input_ids"][first.to(device)],
         "attention_mask": mask,
         "image_id": batch["image_id"],
+        "text_index": text_tokens(host_mask).to(device),
         "lm_index": lm_targets(host_mask).to(device),
         "text_length": int(host_mask.sum(dim=1).max()),
     }
@@ -184,7 +185,7 @@ def match_captions(
     scores = []
     for part in captions.split(PAIRS_AT_ONCE):
         length = int(mask[part].sum(dim=1).max())
-        logits, _ = model.match(
+        logits = model.match(
             [(image, len(part))],
             ids[part, :length].to(image_embeds.device),
             mask[part, :length].to(image_embeds.device),

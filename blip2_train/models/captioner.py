@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
-from blip2_train.models.qformer import KeyValue
+from blip2_train.models.blocks import KeyValue
 
 # Ids [R, T] and the queries' keys and values of R rows -> logits [R, V] of the next token.
 Decode = Callable[[Tensor, list[KeyValue]], Tensor]

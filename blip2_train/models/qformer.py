@@ -22,12 +22,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-# Keys and values of one attention, each [rows, H, positions, Dh].
-KeyValue = tuple[Tensor, Tensor]
+from blip2_train.models.blocks import CrossAttention, KeyValue, QFormerLayer, layer_norm
+from blip2_train.models.linear import Linear, linear
+from blip2_train.models.rows import Group, Span, causal_mask
+
 # Keys and values of the image for every cross-attention, first layer first.
 ImageKV = list[KeyValue]
-# Which images the rows of a pass look at: each entry covers `images * repeat` rows in order,
-# repeat-major ("all images once, all images again, ...").
+# Which images the rows of a pass look at: each entry covers `images * repeat` rows in order, those
+# of an image side by side.
 ImageGroups = list[tuple[ImageKV, int]]
 
 
@@ -146,17 +148,26 @@ class QFormer(nn.Module):
         ]
 
     def embed_queries(self, rows: int) -> Tensor:
-        """The learned queries as the first block's input, [rows, Q, D]."""
-        return self.dropout(self.norm(self.query_tokens).expand(rows, -1, -1))
+        """The learned queries as the first block's input, [rows * Q, D]."""
+        return self.dropout(self.norm(self.query_tokens).expand(rows, -1, -1)).flatten(0, 1)
 
-    def embed_text(self, input_ids: Tensor) -> Tensor:
-        """Word and position embeddings [R, T, D] of token ids [R, T]; positions start at 0."""
+    def embed_text(self, input_ids: Tensor, slots: Tensor | None = None) -> Tensor:
+        """Word and position embeddings [n, D] of token ids [R, T]; positions start at 0.
+
+        Args:
+            input_ids: [R, T].
+            slots: int64 [n], which of the R * T; None: all.
+        """
         assert self.word_embeddings is not None, "a Q-Former built with text=False reads no text"
-        positions = torch.arange(input_ids.shape[1], device=input_ids.device)
-        hidden = self.word_embeddings(input_ids) + self.position_embeddings(positions)
+        ids, width = input_ids.flatten(), input_ids.shape[1]
+        if slots is None:
+            slots = torch.arange(len(ids), device=ids.device)
+        else:
+            ids = ids.index_select(0, slots)
+        hidden = self.word_embeddings(ids) + self.position_embeddings(slots % width)
         return self.dropout(self.norm(hidden))
 
-    # -- the three passes ------------------------------------------------------------------------
+    # -- the passes ------------------------------------------------------------------------------
 
     def forward_queries(self, image: ImageKV) -> tuple[Tensor, list[KeyValue]]:
         """Queries see each other and the image.
@@ -165,36 +176,18 @@ class QFormer(nn.Module):
             query_output [B, Q, D], and every block's self-attention (keys, values)
             [B, H, Q, Dh], which `forward_caption` reads.
         """
-        hidden = self.embed_queries(image[0][0].shape[0])
-        return self._blocks(hidden, self.num_query_tokens, images=[(image, 1)])
+        queries = Span(0, image[0][0].shape[0], self.num_query_tokens)
+        hidden, keys_values = self._blocks(
+            self.embed_queries(queries.rows), [Group((queries,))], queries.count, [(image, 1)]
+        )
+        return queries.pad(hidden), [own for (own,) in keys_values]
 
     def forward_text(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Text sees itself in both directions; [R, T] ids and mask (1 = token) -> [R, T, D]."""
-        hidden, _ = self._blocks(
-            self.embed_text(input_ids), 0, mask=attention_mask.bool()[:, None, None]
-        )
-        return hidden
-
-    def forward_multimodal(
-        self, images: ImageGroups, input_ids: Tensor, attention_mask: Tensor
-    ) -> Tensor:
-        """Queries and text see each other; queries see the image.
-
-        Args:
-            images: what the R rows look at (see `ImageGroups`).
-            input_ids: [R, T] token ids.
-            attention_mask: [R, T], 1 = token, 0 = padding.
-
-        Returns:
-            [R, Q + T, D], queries first.
-        """
-        rows = input_ids.shape[0]
-        hidden = torch.cat([self.embed_queries(rows), self.embed_text(input_ids)], dim=1)
-        visible = F.pad(attention_mask.bool(), (self.num_query_tokens, 0), value=True)
-        hidden, _ = self._blocks(
-            hidden, self.num_query_tokens, mask=visible[:, None, None], images=images
-        )
-        return hidden
+        text = Span(0, *input_ids.shape)
+        group = Group((text,), attention_mask.bool()[:, None, None])
+        hidden, _ = self._blocks(self.embed_text(input_ids), [group])
+        return text.pad(hidden)
 
     def forward_caption(self, input_ids: Tensor, query_kv: list[KeyValue]) -> Tensor:
         """Causal text that sees all queries (UniLM's mask; figure 2, right).
@@ -210,20 +203,113 @@ class QFormer(nn.Module):
         Returns:
             [B, T, D].
         """
-        T, Q = input_ids.shape[1], query_kv[0][0].shape[2]
-        mask = torch.ones(T, Q + T, dtype=torch.bool, device=input_ids.device).tril(diagonal=Q)
-        hidden, _ = self._blocks(self.embed_text(input_ids), 0, mask=mask, past=query_kv)
-        return hidden
+        text = Span(0, *input_ids.shape)
+        group = Group((text,), causal_mask(query_kv[0][0].shape[2], input_ids), sees=0)
+        hidden, _ = self._blocks(self.embed_text(input_ids), [group], past=query_kv)
+        return text.pad(hidden)
+
+    def forward_apart(
+        self,
+        image: ImageKV,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        decoder_ids: Tensor | None,
+        *,
+        slots: Tensor | None = None,
+        contrast: bool = True,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """`forward_queries`, `forward_text` and `forward_caption` side by side, for B pairs.
+
+        One product per layer where the three passes would take three small ones. Captions read of
+        the queries their keys and values, contrast reads of the text the state of [CLS]: the last
+        block computes nothing else.
+
+        Args:
+            image: keys and values of B images.
+            input_ids: [B, T] token ids, [CLS] first.
+            attention_mask: [B, T], 1 = token, 0 = padding.
+            decoder_ids: the same with [DEC] first; None: no captions.
+            slots: int64 [n], ascending: positions b * T + t that are computed, all tokens among
+                them; None: all, padding too.
+            contrast: whether the queries' and the text's outputs are wanted.
+
+        Returns:
+            query_output [B, Q, D] and [CLS]'s state [B, D], or None and None; the captions' states
+            [n, D] in the order of `slots`, or None.
+        """
+        B, T, Q = *input_ids.shape, self.num_query_tokens
+        queries = Span(0, B, Q)
+        hidden, end = [self.embed_queries(B)], queries.count
+        groups = [Group((queries,), read=None if contrast else 0)]
+        if contrast:
+            text = Span(end, B, T, slots)
+            groups.append(Group((text,), attention_mask.bool()[:, None, None], read=1))
+            hidden.append(self.embed_text(input_ids, slots))
+            end += text.count
+        if decoder_ids is not None:
+            caption = Span(end, B, T, slots)
+            groups.append(Group((caption,), causal_mask(Q, decoder_ids), sees=0))
+            hidden.append(self.embed_text(decoder_ids, slots))
+        states, _ = self._blocks(torch.cat(hidden), groups, queries.count, [(image, 1)])
+        if not contrast:
+            return None, None, states
+        query_output, cls, caption_states = states.tensor_split([B * Q, B * Q + B])
+        return queries.pad(query_output), cls, caption_states if decoder_ids is not None else None
+
+    def forward_multimodal(
+        self,
+        images: ImageGroups,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        slots: Tensor | None = None,
+    ) -> Tensor:
+        """Queries and text see each other; queries see the image.
+
+        The last block computes the queries' states alone: nothing reads the text's.
+
+        Args:
+            images: what the R rows look at (see `ImageGroups`).
+            input_ids: [R, T] token ids.
+            attention_mask: [R, T], 1 = token, 0 = padding.
+            slots: int64 [n], positions r * T + t that are computed, all tokens among them; None:
+                all, padding too.
+
+        Returns:
+            [R, Q, D], states of the queries.
+        """
+        (R, T), Q = input_ids.shape, self.num_query_tokens
+        queries = Span(0, R, Q)
+        text = Span(queries.count, R, T, slots)
+        visible = F.pad(attention_mask.bool(), (Q, 0), value=True)[:, None, None]
+        hidden, _ = self._blocks(
+            torch.cat([self.embed_queries(R), self.embed_text(input_ids, slots)]),
+            [Group((queries, text), visible, read=Q)],
+            queries.count,
+            images,
+        )
+        return queries.pad(hidden)
 
     def _blocks(
         self,
         hidden: Tensor,
-        num_queries: int,
-        *,
-        mask: Tensor | None = None,
+        groups: list[Group],
+        num_queries: int = 0,
         images: ImageGroups | None = None,
         past: list[KeyValue] | None = None,
-    ) -> tuple[Tensor, list[KeyValue]]:
+    ) -> tuple[Tensor, list[list[KeyValue]]]:
+        """All blocks.
+
+        Args:
+            hidden: [n, D], positions of all groups, queries first.
+            groups: which positions attend to which.
+            num_queries: positions of queries among the n.
+            images: what the queries look at.
+            past: per block, keys and values that count as those of a group before the first.
+
+        Returns:
+            [n', D], positions that are read (see `Group.read`); and per block the keys and values
+            of each group.
+        """
         keys_values = []
         cross_index = 0
         for i, layer in enumerate(self.layers):
@@ -232,7 +318,8 @@ class QFormer(nn.Module):
                 if images is not None:
                     image = [(kv[cross_index], repeat) for kv, repeat in images]
                 cross_index += 1
-            args = (hidden, num_queries, mask, image, past[i] if past else None)
+            last = i == len(self.layers) - 1
+            args = (hidden, groups, num_queries, image, [past[i]] if past else [], last)
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 hidden, kv = checkpoint(layer, *args, use_reentrant=False)
             else:
@@ -241,190 +328,18 @@ class QFormer(nn.Module):
         return hidden, keys_values
 
 
-class QFormerLayer(nn.Module):
-    """One post-norm block: self-attention, cross-attention of the queries, feed-forward."""
-
-    def __init__(
-        self,
-        hidden_size: int,
-        num_heads: int,
-        intermediate_size: int,
-        dropout: float,
-        *,
-        vision_width: int | None,
-        text: bool,
-    ) -> None:
-        super().__init__()
-        self.self_attention = SelfAttention(hidden_size, num_heads, dropout)
-        self.cross_attention = (
-            CrossAttention(hidden_size, num_heads, dropout, vision_width) if vision_width else None
-        )
-        self.query_ffn = FeedForward(hidden_size, intermediate_size, dropout)
-        self.text_ffn = FeedForward(hidden_size, intermediate_size, dropout) if text else None
-
-    def forward(
-        self,
-        hidden: Tensor,
-        num_queries: int,
-        mask: Tensor | None,
-        image: list[tuple[KeyValue, int]] | None,
-        past: KeyValue | None,
-    ) -> tuple[Tensor, KeyValue]:
-        """[R, L, D], the first `num_queries` positions queries -> the same, and keys and values."""
-        hidden, kv = self.self_attention(hidden, mask, past)
-        queries, text = hidden[:, :num_queries], hidden[:, num_queries:]
-        outputs = []
-        if num_queries:
-            if self.cross_attention is not None:
-                assert image is not None, "a pass with queries needs an image"
-                queries = self.cross_attention(queries, image)
-            outputs.append(self.query_ffn(queries))
-        if text.shape[1]:
-            assert self.text_ffn is not None, "a Q-Former built with text=False reads no text"
-            outputs.append(self.text_ffn(text))
-        return (torch.cat(outputs, dim=1) if len(outputs) > 1 else outputs[0]), kv
-
-
-class SelfAttention(nn.Module):
-    """BERT's self-attention with its output projection, residual and norm."""
-
-    def __init__(self, hidden_size: int, num_heads: int, dropout: float) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.query = nn.Linear(hidden_size, hidden_size)
-        self.key = nn.Linear(hidden_size, hidden_size)
-        self.value = nn.Linear(hidden_size, hidden_size)
-        self.output = nn.Linear(hidden_size, hidden_size)
-        self.norm = layer_norm(hidden_size)
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(
-        self, hidden: Tensor, mask: Tensor | None, past: KeyValue | None
-    ) -> tuple[Tensor, KeyValue]:
-        """Attends from every position to all that `mask` (bool, True = visible) lets it see.
-
-        Args:
-            hidden: [R, L, D].
-            mask: broadcastable to [R, H, L, keys], or None where everything is visible.
-            past: keys and values that stand in front of this pass's own.
-
-        Returns:
-            [R, L, D], and this pass's own keys and values [R, H, L, Dh].
-        """
-        query = split_heads(self.query(hidden), self.num_heads)
-        own = (
-            split_heads(self.key(hidden), self.num_heads),
-            split_heads(self.value(hidden), self.num_heads),
-        )
-        key, value = own
-        if past is not None:
-            key, value = (torch.cat(pair, dim=2) for pair in zip(past, own, strict=True))
-        context = attend(query, key, value, mask, self.dropout)
-        context = context.transpose(1, 2).flatten(2)
-        return self.norm(self.dropout(self.output(context)) + hidden), own
-
-
-class CrossAttention(nn.Module):
-    """Queries look at the image."""
-
-    def __init__(self, hidden_size: int, num_heads: int, dropout: float, vision_width: int) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.query = nn.Linear(hidden_size, hidden_size)
-        self.key = nn.Linear(vision_width, hidden_size)
-        self.value = nn.Linear(vision_width, hidden_size)
-        self.output = nn.Linear(hidden_size, hidden_size)
-        self.norm = layer_norm(hidden_size)
-        self.dropout = nn.Dropout(dropout)
-
-    def project(self, tokens: Tensor, ln_vision: nn.LayerNorm) -> KeyValue:
-        """Keys and values of image tokens that are normalised but not yet scaled and shifted.
-
-        W (g * x + b) + c = (W g) x + (W b + c): the affine (g, b) of `ln_vision` moves into the
-        weight, where its gradient costs a matrix of the weight's size and not one per image token.
-
-        Args:
-            tokens: [B, P, Dv], zero mean and unit variance per token.
-            ln_vision: the norm whose weight and bias are folded in.
-
-        Returns:
-            (keys, values), each [B, H, P, Dh].
-        """
-        weight = torch.cat([self.key.weight, self.value.weight])  # [2D, Dv]
-        bias = torch.cat([self.key.bias, self.value.bias])
-        with torch.autocast(tokens.device.type, enabled=False):
-            bias = F.linear(ln_vision.bias, weight, bias)
-            weight = weight * ln_vision.weight
-        key, value = F.linear(tokens, weight, bias).chunk(2, dim=-1)
-        return split_heads(key, self.num_heads), split_heads(value, self.num_heads)
-
-    def forward(self, queries: Tensor, image: list[tuple[KeyValue, int]]) -> Tensor:
-        """[R, Q, D] -> [R, Q, D]; `image` says which keys and values each row looks at.
-
-        Rows that share an image stand side by side as one longer query sequence against a single
-        set of keys and values, so that no image is copied.
-        """
-        Q = queries.shape[1]
-        query = split_heads(self.query(queries), self.num_heads)  # [R, H, Q, Dh]
-        contexts, start = [], 0
-        for (key, value), repeat in image:
-            images = key.shape[0]
-            rows = query[start : start + images * repeat].unflatten(0, (repeat, images))
-            start += images * repeat
-            rows = rows.permute(1, 2, 0, 3, 4).flatten(2, 3)  # [images, H, repeat * Q, Dh]
-            context = attend(rows, key, value, None, self.dropout)
-            context = context.unflatten(2, (repeat, Q)).permute(2, 0, 3, 1, 4)
-            contexts.append(context.reshape(images * repeat, Q, -1))
-        context = torch.cat(contexts) if len(contexts) > 1 else contexts[0]
-        return self.norm(self.dropout(self.output(context)) + queries)
-
-
-class FeedForward(nn.Module):
-    """Two layers with an exact (erf) gelu, residual and norm."""
-
-    def __init__(self, hidden_size: int, intermediate_size: int, dropout: float) -> None:
-        super().__init__()
-        self.inner = nn.Linear(hidden_size, intermediate_size)
-        self.output = nn.Linear(intermediate_size, hidden_size)
-        self.norm = layer_norm(hidden_size)
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """[R, L, D] -> [R, L, D]."""
-        return self.norm(self.dropout(self.output(F.gelu(self.inner(hidden)))) + hidden)
-
-
 class LMHead(nn.Module):
     """BERT's prediction head; its matrix is the word table."""
 
     def __init__(self, hidden_size: int, vocab_size: int) -> None:
         super().__init__()
-        self.transform = nn.Linear(hidden_size, hidden_size)
+        self.transform = Linear(hidden_size, hidden_size)
         self.norm = layer_norm(hidden_size)
         self.bias = nn.Parameter(torch.zeros(vocab_size))
 
     def forward(self, hidden: Tensor, word_embeddings: Tensor) -> Tensor:
         """[..., D] and the word table [V, D] -> logits [..., V]."""
-        return F.linear(self.norm(F.gelu(self.transform(hidden))), word_embeddings, self.bias)
-
-
-def layer_norm(size: int) -> nn.LayerNorm:
-    """BERT's layer norm."""
-    return nn.LayerNorm(size, eps=1e-12)
-
-
-def split_heads(x: Tensor, num_heads: int) -> Tensor:
-    """[R, L, D] -> [R, H, L, Dh]."""
-    return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
-
-
-def attend(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: nn.Dropout
-) -> Tensor:
-    """Scaled dot-product attention, [R, H, L, Dh]; dropout on the weights while training."""
-    return F.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, dropout_p=dropout.p if dropout.training else 0.0
-    )
+        return linear(self.norm(F.gelu(self.transform(hidden))), word_embeddings, self.bias)
 
 
 def _init_weights(module: nn.Module, std: float) -> None:

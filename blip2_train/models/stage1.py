@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from blip2_train.models.qformer import ImageGroups, ImageKV, KeyValue, QFormer
+from blip2_train.models.blocks import KeyValue
+from blip2_train.models.qformer import ImageGroups, ImageKV, QFormer
 from blip2_train.models.vision import VisionTower
 
 
@@ -73,29 +74,72 @@ class Blip2Stage1(nn.Module):
         text_output = self.qformer.forward_text(input_ids, attention_mask)
         return text_output, unit(self.text_proj(text_output[:, 0]))
 
+    def encode(
+        self,
+        image: ImageKV,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        slots: Tensor | None = None,
+        *,
+        contrast: bool = True,
+        caption: bool = True,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """`encode_image`, `encode_text` and `caption` of B pairs in one pass (see `forward_apart`).
+
+        Args:
+            image: keys and values of B images.
+            input_ids: [B, T], [CLS] first.
+            attention_mask: [B, T].
+            slots: int64 [n], which of the B * T positions are computed; None: all.
+            contrast: encode images and texts.
+            caption: run the causal pass.
+
+        Returns:
+            image_feats [B, Q, E] and text_feat [B, E], or None and None; the captions' states
+            [n, D] or None.
+        """
+        query_output, cls, states = self.qformer.forward_apart(
+            image,
+            input_ids,
+            attention_mask,
+            self._decoder_ids(input_ids) if caption else None,
+            slots=slots,
+            contrast=contrast,
+        )
+        if query_output is None or cls is None:
+            return None, None, states
+        return unit(self.vision_proj(query_output)), unit(self.text_proj(cls)), states
+
     def match(
-        self, images: ImageGroups, input_ids: Tensor, attention_mask: Tensor
-    ) -> tuple[Tensor, Tensor]:
+        self,
+        images: ImageGroups,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        slots: Tensor | None = None,
+    ) -> Tensor:
         """The multimodal pass of R (image, text) rows.
 
         Args:
             images: what the rows look at (see `qformer.ImageGroups`).
             input_ids: [R, T], [CLS] first.
             attention_mask: [R, T].
+            slots: see `QFormer.forward_multimodal`.
 
         Returns:
             itm_logits [R, 2] (index 1: the pair matches), the mean over queries of the matching
-            head; and the hidden states [R, Q + T, D].
+            head.
         """
-        hidden = self.qformer.forward_multimodal(images, input_ids, attention_mask)
-        queries = hidden[:, : self.qformer.num_query_tokens]
-        return widen(self.itm_head(queries)).mean(dim=1), hidden
+        queries = self.qformer.forward_multimodal(images, input_ids, attention_mask, slots)
+        return widen(self.itm_head(queries)).mean(dim=1)
 
     def caption(self, input_ids: Tensor, query_kv: list[KeyValue]) -> Tensor:
         """The causal pass: [B, T] ids -> [B, T, D]; [DEC] takes the place of [CLS]."""
+        return self.qformer.forward_caption(self._decoder_ids(input_ids), query_kv)
+
+    def _decoder_ids(self, input_ids: Tensor) -> Tensor:
         decoder_ids = input_ids.clone()
         decoder_ids[:, 0] = self.dec_token_id
-        return self.qformer.forward_caption(decoder_ids, query_kv)
+        return decoder_ids
 
     def lm_logits(self, hidden: Tensor) -> Tensor:
         """[..., D] -> [..., V] logits of the next token."""

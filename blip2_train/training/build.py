@@ -114,6 +114,7 @@ def made_up_text(words: int, samples: int = 2, rank: int = 0) -> dict[str, Any]:
         "input_ids": ids,
         "attention_mask": torch.ones_like(ids),
         "image_id": torch.arange(samples) + samples * rank,
+        "text_index": torch.arange(samples * length),
         "lm_index": (starts + torch.arange(length - 1)).flatten(),
         "text_length": length,
     }

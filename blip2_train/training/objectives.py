@@ -20,8 +20,8 @@ from blip2_train.distributed import (
     fetch_rows,
     request_rows,
 )
-from blip2_train.models.qformer import ImageGroups, ImageKV
-from blip2_train.models.stage1 import Blip2Stage1, ImageOutput
+from blip2_train.models.qformer import ImageKV
+from blip2_train.models.stage1 import Blip2Stage1
 from blip2_train.seeding import stable_hash
 
 ALONE = World()
@@ -99,8 +99,8 @@ def stage1_step(
         model: the stage-1 model.
         image_embeds: [B, P, Dv] tokens of the frozen tower.
         batch: `input_ids` and `attention_mask` int64 [B, T_max], `image_id` int64 [B],
-            `lm_index` int64 [M] (see `data.batch.lm_targets`), and `text_length`: T, to which text
-            is trimmed, the same on all ranks.
+            `text_index` int64 [n] and `lm_index` int64 [M] (see `data.batch`), and `text_length`:
+            T, to which text is trimmed, the same on all ranks.
         config: weights and variants of the losses.
         uniform: float64 [2, B] in [0, 1): the numbers that draw this rank's negative images and
             texts; needed for ITM unless `negatives` is given.
@@ -118,14 +118,19 @@ def stage1_step(
     image_id_all, *text_all = _gather_text(batch, world)
 
     image = model.qformer.project_image(image_embeds)
-    image_out = model.encode_image(image)
-    out: dict[str, Tensor] = {
-        "query_hidden": image_out.query_output,
-        "image_feats": image_out.image_feats,
-        "positive": losses.same_id(batch["image_id"], image_id_all),
-    }
-    if "itc" in on:
-        out["text_hidden"], out["text_feat"] = model.encode_text(input_ids, attention_mask)
+    image_feats = text_feat = caption = None
+    if on != ("itm",):
+        image_feats, text_feat, caption = model.encode(
+            image,
+            input_ids,
+            attention_mask,
+            _trimmed(batch["text_index"], batch),
+            contrast="itc" in on,
+            caption="lm" in on,
+        )
+    out = {"positive": losses.same_id(batch["image_id"], image_id_all)}
+    if image_feats is not None and text_feat is not None:
+        out |= {"image_feats": image_feats, "text_feat": text_feat}
         out |= _similarities(model, out, config.itc.gradient, world)
         out["loss_itc"] = losses.itc_loss(
             out["sim_i2t"], out["sim_t2i"], out["positive"], config.itc.smoothing
@@ -133,8 +138,8 @@ def stage1_step(
     if "itm" in on:
         out |= _negatives(out, uniform, negatives)
         request = request_rows(out["neg_image_idx"], B, world) if world.size > 1 else None
-    if "lm" in on:  # needs no negatives: it runs while their row numbers travel to the host
-        out |= _caption(model, input_ids, batch, image_out, config.lm.smoothing)
+    if caption is not None:  # runs while the negatives' row numbers travel to the host
+        out |= _caption(model, caption, batch, config.lm.smoothing)
     if "itm" in on:
         if request is None:
             source, position = image, out["neg_image_idx"]
@@ -216,35 +221,35 @@ def _negatives(
     }
 
 
-def _caption(
-    model: Blip2Stage1,
-    input_ids: Tensor,
-    batch: Mapping[str, Any],
-    image: ImageOutput,
-    smoothing: float,
-) -> dict[str, Tensor]:
-    """Summed captioning loss; the head runs only where there is a token to predict."""
-    hidden = model.caption(input_ids, image.query_kv)
+def _trimmed(index: Tensor, batch: Mapping[str, Any]) -> Tensor:
+    """Positions b * T_max + t of padded texts as b * T + t of trimmed ones."""
     T_max = batch["input_ids"].shape[1]
+    return index // T_max * batch["text_length"] + index % T_max
+
+
+def _caption(
+    model: Blip2Stage1, states: Tensor, batch: Mapping[str, Any], smoothing: float
+) -> dict[str, Tensor]:
+    """Summed captioning loss; the head runs only where there is a token to predict.
+
+    Its logits are computed `LM_CHUNK` positions at a time, and again in the backward pass: all of
+    them would take more memory than the rest of the step.
+    """
     index = batch["lm_index"]
     targets = batch["input_ids"].flatten()[index + 1]
-    row, position = index // T_max, index % T_max
-    selected = hidden.flatten(0, 1).index_select(0, row * input_ids.shape[1] + position)
+    selected = states.index_select(0, torch.searchsorted(batch["text_index"], index))
 
     def chunk_loss(states: Tensor, wanted: Tensor) -> Tensor:
         return losses.lm_loss_sum(model.lm_logits(states), wanted, smoothing)
 
-    if len(index) <= LM_CHUNK:
-        total = chunk_loss(selected, targets)
-    else:
-        parts = zip(selected.split(LM_CHUNK), targets.split(LM_CHUNK), strict=True)
-        total = torch.stack(
-            [
-                checkpoint(chunk_loss, states, wanted, use_reentrant=False)
-                for states, wanted in parts
-            ]
-        ).sum()
-    return {"lm_hidden": hidden, "lm_selected": selected, "lm_targets": targets, "loss_lm": total}
+    parts = zip(selected.split(LM_CHUNK), targets.split(LM_CHUNK), strict=True)
+    total = torch.stack(
+        [
+            checkpoint(chunk_loss, *part, use_reentrant=False, preserve_rng_state=False)
+            for part in parts
+        ]
+    ).sum()
+    return {"lm_selected": selected, "lm_targets": targets, "loss_lm": total}
 
 
 def _match(
@@ -257,27 +262,34 @@ def _match(
 ) -> dict[str, Tensor]:
     """Summed matching loss over (own, own), (negative image, own text), (own image, negative text).
 
-    The first and the last third look at the same images, so they go through the cross-attention
-    side by side; results come back in the order above.
+    The first and the last third look at the same images, so their rows stand side by side; results
+    come back in the order above. How long the negative texts are is known on the device alone, so
+    their padding is computed too.
     """
-    T = batch["text_length"]
-    ids, mask = batch["input_ids"][:, :T], batch["attention_mask"][:, :T]
-    negative_ids, negative_mask = (t[out["neg_text_idx"], :T] for t in text_all)
-    groups: ImageGroups = [(image, 2), (negative_image, 1)]
-    logits, hidden = model.match(
-        groups, torch.cat([ids, negative_ids, ids]), torch.cat([mask, negative_mask, mask])
+    T, B = batch["text_length"], len(batch["input_ids"])
+    own = _trimmed(batch["text_index"], batch)
+    pair = own // T * (2 * T) + own % T  # in rows (image 0: own, negative; image 1: own, ...)
+    padded = torch.arange(B * T, device=own.device)
+    slots = torch.cat([pair, padded // T * (2 * T) + T + padded % T, 2 * B * T + own])
+
+    def rows(own: Tensor, everyone: Tensor) -> Tensor:
+        own, negative = own[:, :T], everyone[out["neg_text_idx"], :T]
+        return torch.cat([torch.stack([own, negative], dim=1).flatten(0, 1), own])
+
+    ids, mask = text_all
+    logits = model.match(
+        [(image, 2), (negative_image, 1)],
+        rows(batch["input_ids"], ids),
+        rows(batch["attention_mask"], mask),
+        slots,
     )
-    logits, hidden = (
-        torch.cat([own, neg_image, neg_text])
-        for own, neg_text, neg_image in (logits.chunk(3), hidden.chunk(3))
-    )
-    B = ids.shape[0]
-    labels = torch.zeros(3 * B, dtype=torch.long, device=ids.device)
+    pairs, negative = logits[: 2 * B].unflatten(0, (B, 2)), logits[2 * B :]
+    logits = torch.cat([pairs[:, 0], negative, pairs[:, 1]])
+    labels = torch.zeros(3 * B, dtype=torch.long, device=logits.device)
     labels[:B] = 1
     valid = out["has_negative"].to(logits.dtype)
     row_weight = torch.cat([torch.ones_like(valid), valid, valid])
     return {
-        "itm_hidden": hidden,
         "itm_logits": logits,
         "itm_labels": labels,
         "itm_row_weight": row_weight,

@@ -25,7 +25,7 @@ from blip2_train.evaluation.grounding import (
     stage1_grounding,
     token_nats,
 )
-from blip2_train.models.qformer import CrossAttention
+from blip2_train.models.blocks import CrossAttention
 from blip2_train.models.stage1 import Blip2Stage1
 from blip2_train.training.objectives import LmConfig, LossConfig, stage1_step
 

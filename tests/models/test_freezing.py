@@ -72,7 +72,11 @@ HEADS = {"vision_proj", "text_proj", "itm_head", "temp"}
             {*HEADS, "qformer.layers.2.query_ffn", "qformer.layers.2.cross_attention"},
         ),
         (4, {"lm": 0.0}, {"qformer.lm_head"}),
-        (4, {"itc": 0.0, "lm": 0.0}, {"vision_proj", "text_proj", "temp", "qformer.lm_head"}),
+        (
+            4,
+            {"itc": 0.0, "lm": 0.0},
+            {"vision_proj", "text_proj", "temp", "qformer.lm_head", "qformer.layers.3.text_ffn"},
+        ),
     ],
 )
 def test_what_no_loss_reaches_is_frozen(

@@ -1,11 +1,12 @@
-"""The Q-Former's three passes.
+"""The Q-Former's passes.
 
-Proven: captioning is causal, sees every query, and leaves the queries alone; padding never
-matters; in the multimodal pass queries and text see each other; images that rows share give what
-copied ones give, forward and backward; the folded `ln_vision` is the explicit one; checkpointing
-changes neither losses nor gradients, dropout included; queries start different from each other;
-bfloat16 autocast runs and is close; the paper's model has exactly the published number of
-trainable parameters.
+Proven: side by side, without padding and without what nobody reads, the passes give what each one
+gives alone, forward and backward; captioning is causal, sees every query, and leaves the queries
+alone; padding never matters; in the multimodal pass queries and text see each other; images that
+rows share give what copied ones give, forward and backward; the folded `ln_vision` is the explicit
+one; checkpointing changes neither losses nor gradients, dropout included; queries start different
+from each other; bfloat16 autocast runs and is close; the paper's model has exactly the published
+number of trainable parameters.
 """
 
 from typing import Any
@@ -13,11 +14,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import PATCHES, TEXT, VOCAB, WIDTH, tiny_batch, tiny_model
+from tiny import PATCHES, TEXT, VOCAB, WIDTH, one_pass, tiny_batch, tiny_model
 from torch import Tensor
 
+from blip2_train.models.blocks import attend, split_heads
 from blip2_train.models.freezing import count_parameters
-from blip2_train.models.qformer import QFormer, attend, split_heads
+from blip2_train.models.qformer import QFormer
 from blip2_train.models.stage1 import Blip2Stage1
 from blip2_train.models.vision import VisionTower
 
@@ -87,10 +89,9 @@ def test_the_one_pass_mask_gives_the_same(qformer: QFormer, batch: dict[str, Any
     mask = torch.zeros(Q + T, Q + T, dtype=torch.bool)
     mask[:, :Q] = True  # everybody sees the queries
     mask[Q:, Q:] = torch.ones(T, T).tril().bool()  # text sees earlier text, queries see none
-    hidden = torch.cat([qformer.embed_queries(B), qformer.embed_text(ids)], dim=1)
-    whole, _ = qformer._blocks(hidden, Q, mask=mask, images=[(image, 1)])
-    torch.testing.assert_close(whole[:, :Q], query_output, atol=1e-12, rtol=0)
-    torch.testing.assert_close(whole[:, Q:], text, atol=1e-12, rtol=0)
+    both = one_pass(qformer, image, ids, mask)
+    torch.testing.assert_close(both[:, :Q], query_output, atol=1e-12, rtol=0)
+    torch.testing.assert_close(both[:, Q:], text, atol=1e-12, rtol=0)
 
 
 @torch.no_grad()
@@ -106,13 +107,9 @@ def test_padding_never_matters(qformer: QFormer, batch: dict[str, Any]) -> None:
 
     def passes(ids: Tensor, mask: Tensor) -> list[Tensor]:
         real = mask.bool()
+        text = [qformer.forward_text(ids, mask), qformer.forward_caption(ids, kv)]
         both = qformer.forward_multimodal([(image, 1)], ids, mask)
-        text = [
-            qformer.forward_text(ids, mask),
-            qformer.forward_caption(ids, kv),
-            both[:, Q:],
-        ]
-        return [both[:, :Q], *(t[real] for t in text)]
+        return [both, *(t[real] for t in text)]
 
     want = passes(ids, mask)
     for variant in (trimmed, noise):
@@ -126,11 +123,14 @@ def test_padding_never_matters(qformer: QFormer, batch: dict[str, Any]) -> None:
 def test_queries_and_text_see_each_other(qformer: QFormer, batch: dict[str, Any]) -> None:
     image = qformer.project_image(batch["image_embeds"])
     ids, mask = batch["input_ids"], batch["attention_mask"]
-    before = qformer.forward_multimodal([(image, 1)], ids, mask)
-    after = qformer.forward_multimodal([(image, 1)], other_token(ids, 1), mask)
+    visible = F.pad(mask.bool(), (Q, 0), value=True)[:, None, None]
+    before = one_pass(qformer, image, ids, visible)
+    ours = qformer.forward_multimodal([(image, 1)], ids, mask)
+    torch.testing.assert_close(ours, before[:, :Q], atol=1e-12, rtol=0)
+    after = one_pass(qformer, image, other_token(ids, 1), visible)
     assert ((before - after)[:, :Q].abs().amax(dim=-1) > 1e-6).all(), "queries see the text"
     embeds = batch["image_embeds"] + torch.randn_like(batch["image_embeds"])
-    after = qformer.forward_multimodal([(qformer.project_image(embeds), 1)], ids, mask)
+    after = one_pass(qformer, qformer.project_image(embeds), ids, visible)
     assert ((before - after)[:, Q:].abs().amax(dim=-1) > 1e-6).all(), "text sees the image"
     # both directions: the first token sees the last one
     last = int(mask[0].sum()) - 1
@@ -154,18 +154,18 @@ def gradients(loss: Tensor, qformer: QFormer, *inputs: Tensor) -> list[Tensor]:
 
 
 def test_shared_images_equal_copied_ones(qformer: QFormer) -> None:
-    """Rows: images a, a again, then b three times over; a has 2 images, b has 3."""
+    """Rows: each image of a twice, then each of b three times; a has 2 images, b has 3."""
     generator = torch.Generator().manual_seed(1)
     a = torch.randn(2, PATCHES, WIDTH, generator=generator, dtype=torch.float64).requires_grad_()
     b = torch.randn(3, PATCHES, WIDTH, generator=generator, dtype=torch.float64).requires_grad_()
     rows = tiny_batch(2 * 2 + 3 * 3, seed=5)
     text = rows["input_ids"], rows["attention_mask"]
-    weights = torch.randn(13, Q + TEXT, D, generator=generator, dtype=torch.float64)
+    weights = torch.randn(13, Q, D, generator=generator, dtype=torch.float64)
 
     shared = qformer.forward_multimodal(
         [(qformer.project_image(a), 2), (qformer.project_image(b), 3)], *text
     )
-    copied = torch.cat([a, a, b, b, b])
+    copied = torch.cat([a.repeat_interleave(2, dim=0), b.repeat_interleave(3, dim=0)])
     naive = qformer.forward_multimodal([(qformer.project_image(copied), 1)], *text)
     torch.testing.assert_close(shared, naive, atol=1e-12, rtol=0)
     ours = gradients((shared * weights).sum(), qformer, a, b)
@@ -174,7 +174,7 @@ def test_shared_images_equal_copied_ones(qformer: QFormer) -> None:
         torch.testing.assert_close(one, two, atol=1e-9, rtol=1e-9)
     assert ours[-1].abs().max() > 1e-6
     reordered = qformer.forward_multimodal(
-        [(qformer.project_image(torch.cat([b, b, b, a, a])), 1)], *text
+        [(qformer.project_image(torch.cat([a, a, b, b, b])), 1)], *text
     )
     assert (reordered - naive).abs().amax() > 1e-3  # the order of rows matters
 
@@ -204,6 +204,56 @@ def test_the_folded_norm_is_the_explicit_one(qformer: QFormer) -> None:
         torch.testing.assert_close(one, two, atol=1e-10, rtol=1e-10)
 
 
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize(("contrast", "caption"), [(True, True), (True, False), (False, True)])
+def test_side_by_side_is_one_after_the_other(
+    qformer: QFormer, batch: dict[str, Any], contrast: bool, caption: bool, packed: bool
+) -> None:
+    image, again = (qformer.project_image(batch["image_embeds"]) for _ in range(2))
+    ids, mask, index = batch["input_ids"], batch["attention_mask"], batch["text_index"]
+    assert len(index) < ids.numel(), "the batch must have padding"
+    decoder_ids = other_token(ids, 0)
+    query_output, cls, states = qformer.forward_apart(
+        image, ids, mask, decoder_ids if caption else None,
+        slots=index if packed else None, contrast=contrast,
+    )  # fmt: skip
+    assert (cls is not None, states is not None) == (contrast, caption)
+    ours, theirs = [], []
+    queries, kv = qformer.forward_queries(again)
+    if query_output is not None and cls is not None:
+        ours += [query_output, cls]
+        theirs += [queries, qformer.forward_text(ids, mask)[:, 0]]
+    if states is not None:
+        ours.append(states if packed else states[index])
+        theirs.append(qformer.forward_caption(decoder_ids, kv).flatten(0, 1)[index])
+    assert_same(qformer, ours, theirs)
+
+
+def test_a_multimodal_pass_without_padding_is_the_padded_one(
+    qformer: QFormer, batch: dict[str, Any]
+) -> None:
+    image, again = (qformer.project_image(batch["image_embeds"]) for _ in range(2))
+    text = batch["input_ids"], batch["attention_mask"]
+    assert_same(
+        qformer,
+        [qformer.forward_multimodal([(image, 1)], *text, batch["text_index"])],
+        [qformer.forward_multimodal([(again, 1)], *text)],
+    )
+
+
+def assert_same(qformer: QFormer, ours: list[Tensor], theirs: list[Tensor]) -> None:
+    """Values and gradients."""
+    generator = torch.Generator().manual_seed(2)
+    totals = []
+    for one, two in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, two, atol=1e-12, rtol=0)
+        weights = torch.randn(one.shape, generator=generator, dtype=one.dtype)
+        totals.append(((one * weights).sum(), (two * weights).sum()))
+    a, b = (sum(values) for values in zip(*totals, strict=True))
+    for one, two in zip(gradients(a, qformer), gradients(b, qformer), strict=True):
+        torch.testing.assert_close(one, two, atol=1e-10, rtol=1e-10)
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_checkpointing_changes_nothing(training: bool) -> None:
     results = []
@@ -215,6 +265,10 @@ def test_checkpointing_changes_nothing(training: bool) -> None:
         query_output, kv = qformer.forward_queries(image)
         caption = qformer.forward_caption(batch["input_ids"], kv)
         both = qformer.forward_multimodal([(image, 1)], batch["input_ids"], batch["attention_mask"])
+        apart = qformer.forward_apart(
+            image, batch["input_ids"], batch["attention_mask"], batch["input_ids"]
+        )
+        both = torch.cat([both.flatten(0, 1), *(part.flatten(0, -2) for part in apart)])
         loss = query_output.pow(3).sum() + caption.pow(3).sum() + both.pow(3).sum()
         results.append((loss, gradients(loss, qformer)))
     assert results[0][0].equal(results[1][0])
@@ -287,7 +341,7 @@ def test_bfloat16_autocast_is_close() -> None:
             image = model.qformer.project_image(embeds.bfloat16() if enabled else embeds)
             assert image[0][0].dtype == (torch.bfloat16 if enabled else torch.float32)
             out = model.encode_image(image)
-            logits, _ = model.match([(image, 1)], ids, mask)
+            logits = model.match([(image, 1)], ids, mask)
             caption = model.lm_logits(model.caption(ids, out.query_kv))
             _, text_feat = model.encode_text(ids, mask)
         assert out.image_feats.dtype == text_feat.dtype == torch.float32

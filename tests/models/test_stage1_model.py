@@ -67,7 +67,8 @@ def test_features_and_matching(model: Blip2Stage1) -> None:
         torch.testing.assert_close(feats.norm(dim=-1), torch.ones(feats.shape[:-1]).double())
     projected = model.text_proj(text_output[:, 0])  # of [CLS]
     torch.testing.assert_close(text_feat * projected.norm(dim=-1, keepdim=True), projected)
-    logits, hidden = model.match([(image, 1)], ids, mask)
+    logits = model.match([(image, 1)], ids, mask)
+    hidden = model.qformer.forward_multimodal([(image, 1)], ids, mask)
     each = torch.stack([model.itm_head(hidden[:, q]) for q in range(Q)])
     torch.testing.assert_close(logits, each.mean(dim=0))
     assert logits.shape == (B, 2)

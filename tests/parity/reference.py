@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from blip2_train.checkpoint.lavis import from_lavis, to_lavis_name
-from blip2_train.data.batch import lm_targets
+from blip2_train.data.batch import lm_targets, text_tokens
 from blip2_train.models.qformer import QFormer
 from blip2_train.models.stage1 import Blip2Stage1
 from blip2_train.training.objectives import ItcConfig, LmConfig, LossConfig
@@ -74,6 +74,7 @@ def text_batch(tensors: dict[str, Tensor], prefix: str, first_id: int = 0) -> di
         "input_ids": ids,
         "attention_mask": mask,
         "image_id": tensors.get(f"{prefix}image_id", own),
+        "text_index": text_tokens(mask),
         "lm_index": lm_targets(mask),
         "text_length": int(mask.sum(dim=1).max()),
     }

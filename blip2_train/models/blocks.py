@@ -1,0 +1,198 @@
+"""The blocks of the Q-Former (BLIP-2, figure 2): BERT's, with cross-attention to the image.
+
+Shapes as in `qformer.py` and `rows.py`; n: positions of a pass, queries first.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from blip2_train.models.linear import Linear, gelu_linear, linear
+from blip2_train.models.rows import Group, leading
+
+# Keys and values of one attention, each [rows, H, positions, Dh].
+KeyValue = tuple[Tensor, Tensor]
+
+
+class QFormerLayer(nn.Module):
+    """One post-norm block: self-attention, cross-attention of the queries, feed-forward."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        intermediate_size: int,
+        dropout: float,
+        *,
+        vision_width: int | None,
+        text: bool,
+    ) -> None:
+        super().__init__()
+        self.self_attention = SelfAttention(hidden_size, num_heads, dropout)
+        self.cross_attention = (
+            CrossAttention(hidden_size, num_heads, dropout, vision_width) if vision_width else None
+        )
+        self.query_ffn = FeedForward(hidden_size, intermediate_size, dropout)
+        self.text_ffn = FeedForward(hidden_size, intermediate_size, dropout) if text else None
+
+    def forward(
+        self,
+        hidden: Tensor,
+        groups: list[Group],
+        num_queries: int,
+        image: list[tuple[KeyValue, int]] | None,
+        past: list[KeyValue],
+        last: bool,
+    ) -> tuple[Tensor, list[KeyValue]]:
+        """[n, D], the first `num_queries` positions queries -> the same, and keys and values.
+
+        In the `last` block only positions that are read come out.
+        """
+        hidden, keys_values = self.self_attention(hidden, groups, past, last)
+        if last and groups[0].read == 0:
+            num_queries = 0
+        queries, text = hidden[:num_queries], hidden[num_queries:]
+        outputs = []
+        if num_queries:
+            if self.cross_attention is not None:
+                assert image is not None, "a pass with queries needs an image"
+                queries = self.cross_attention(queries, image)
+            outputs.append(self.query_ffn(queries))
+        if len(text):
+            assert self.text_ffn is not None, "a Q-Former built with text=False reads no text"
+            outputs.append(self.text_ffn(text))
+        return (torch.cat(outputs) if len(outputs) > 1 else outputs[0]), keys_values
+
+
+class SelfAttention(nn.Module):
+    """BERT's self-attention with its output projection, residual and norm."""
+
+    def __init__(self, hidden_size: int, num_heads: int, dropout: float) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.query = Linear(hidden_size, hidden_size)
+        self.key = Linear(hidden_size, hidden_size)
+        self.value = Linear(hidden_size, hidden_size)
+        self.output = Linear(hidden_size, hidden_size)
+        self.norm = layer_norm(hidden_size)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(
+        self, hidden: Tensor, groups: list[Group], past: list[KeyValue], last: bool
+    ) -> tuple[Tensor, list[KeyValue]]:
+        """Attends within each group.
+
+        Args:
+            hidden: [n, D].
+            groups: of the n positions.
+            past: keys and values that count as those of groups before the first.
+            last: leave out the positions that no later block and nobody else reads.
+
+        Returns:
+            [n, D], in the last block [n', D]; and keys and values [R, H, L, Dh] of each group.
+        """
+        keys, values, asking = self.key(hidden), self.value(hidden), groups
+        if last:
+            hidden, asking = leading(hidden, groups)
+        queries = self.query(hidden)
+        keys_values, outputs = list(past), []
+        for group, asker in zip(groups, asking, strict=True):
+            key, value = own = (
+                split_heads(group.rows(keys), self.num_heads),
+                split_heads(group.rows(values), self.num_heads),
+            )
+            keys_values.append(own)
+            if group.sees is not None:
+                front = keys_values[group.sees]
+                key, value = (torch.cat(pair, dim=2) for pair in zip(front, own, strict=True))
+            query = split_heads(asker.rows(queries), self.num_heads)
+            context = attend(query, key, value, group.mask, self.dropout)
+            outputs += asker.flat(self.output(context.transpose(1, 2).flatten(2)))
+        output = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+        return self.norm(self.dropout(output) + hidden), keys_values[len(past) :]
+
+
+class CrossAttention(nn.Module):
+    """Queries look at the image."""
+
+    def __init__(self, hidden_size: int, num_heads: int, dropout: float, vision_width: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.query = Linear(hidden_size, hidden_size)
+        self.key = Linear(vision_width, hidden_size)
+        self.value = Linear(vision_width, hidden_size)
+        self.output = Linear(hidden_size, hidden_size)
+        self.norm = layer_norm(hidden_size)
+        self.dropout = nn.Dropout(dropout)
+
+    def project(self, tokens: Tensor, ln_vision: nn.LayerNorm) -> KeyValue:
+        """Keys and values of image tokens that are normalised but not yet scaled and shifted.
+
+        W (g * x + b) + c = (W g) x + (W b + c): the affine (g, b) of `ln_vision` moves into the
+        weight, where its gradient costs a matrix of the weight's size and not one per image token.
+
+        Args:
+            tokens: [B, P, Dv], zero mean and unit variance per token.
+            ln_vision: the norm whose weight and bias are folded in.
+
+        Returns:
+            (keys, values), each [B, H, P, Dh].
+        """
+        weight = torch.cat([self.key.weight, self.value.weight])  # [2D, Dv]
+        bias = torch.cat([self.key.bias, self.value.bias])
+        with torch.autocast(tokens.device.type, enabled=False):
+            bias = F.linear(ln_vision.bias, weight, bias)
+            weight = weight * ln_vision.weight
+        key, value = linear(tokens, weight, bias).chunk(2, dim=-1)
+        return split_heads(key, self.num_heads), split_heads(value, self.num_heads)
+
+    def forward(self, queries: Tensor, image: list[tuple[KeyValue, int]]) -> Tensor:
+        """[R * Q, D] -> [R * Q, D]; `image` says which keys and values each row looks at.
+
+        Rows that share an image are one longer query sequence against a single set of keys and
+        values, so that no image is copied.
+        """
+        query, outputs, start = self.query(queries), [], 0
+        positions = len(queries) // sum(key.shape[0] * repeat for (key, _), repeat in image)
+        for (key, value), repeat in image:
+            images = key.shape[0]
+            rows = query.narrow(0, start, images * repeat * positions).unflatten(0, (images, -1))
+            start += images * repeat * positions
+            context = attend(split_heads(rows, self.num_heads), key, value, None, self.dropout)
+            outputs.append(self.output(context.transpose(1, 2).flatten(2)).flatten(0, 1))
+        output = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+        return self.norm(self.dropout(output) + queries)
+
+
+class FeedForward(nn.Module):
+    """Two layers with an exact (erf) gelu, residual and norm."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int, dropout: float) -> None:
+        super().__init__()
+        self.inner = Linear(hidden_size, intermediate_size)
+        self.output = Linear(intermediate_size, hidden_size)
+        self.norm = layer_norm(hidden_size)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[R, L, D] -> [R, L, D]."""
+        return self.norm(self.dropout(gelu_linear(self.inner(hidden), self.output)) + hidden)
+
+
+def layer_norm(size: int) -> nn.LayerNorm:
+    """BERT's layer norm."""
+    return nn.LayerNorm(size, eps=1e-12)
+
+
+def split_heads(x: Tensor, num_heads: int) -> Tensor:
+    """[R, L, D] -> [R, H, L, Dh]."""
+    return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+
+
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: nn.Dropout
+) -> Tensor:
+    """Scaled dot-product attention, [R, H, L, Dh]; dropout on the weights while training."""
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, dropout_p=dropout.p if dropout.training else 0.0
+    )
