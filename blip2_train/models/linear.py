@@ -64,7 +64,7 @@ class _Linear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.gelu = gelu
-        return _product(F.gelu(x) if gelu else x, weight, bias)
+        return product(F.gelu(x) if gelu else x, weight, bias)
 
     @staticmethod
     @once_differentiable
@@ -72,17 +72,18 @@ class _Linear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         of_x = of_weight = of_bias = None
         if ctx.needs_input_grad[0]:
-            of_x = _product(grad, weight.T)
+            of_x = product(grad, weight.T)
             if ctx.gelu:
                 of_x = torch.ops.aten.gelu_backward(of_x, x)
         if ctx.needs_input_grad[1]:
-            of_weight = _product(grad.T, (F.gelu(x) if ctx.gelu else x).T)
+            of_weight = product(grad.T, (F.gelu(x) if ctx.gelu else x).T)
         if ctx.needs_input_grad[2]:
             of_bias = grad.sum(dim=0)
         return of_x, of_weight, of_bias, None
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """[n, I], [O, I] and [O] -> [n, O]; where no gradient is asked for."""
     if _suits_onednn(x):
         out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
         return out

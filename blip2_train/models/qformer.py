@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from blip2_train.models.blocks import CrossAttention, KeyValue, QFormerLayer, layer_norm
+from blip2_train.models.cross_entropy import cross_entropy_sum, linear_cross_entropy_sum
 from blip2_train.models.linear import Linear, linear
 from blip2_train.models.rows import Group, Span, causal_mask
 
@@ -331,6 +332,8 @@ class QFormer(nn.Module):
 class LMHead(nn.Module):
     """BERT's prediction head; its matrix is the word table."""
 
+    gradient_checkpointing = True  # the loss computes logits once more in the backward pass
+
     def __init__(self, hidden_size: int, vocab_size: int) -> None:
         super().__init__()
         self.transform = Linear(hidden_size, hidden_size)
@@ -339,7 +342,21 @@ class LMHead(nn.Module):
 
     def forward(self, hidden: Tensor, word_embeddings: Tensor) -> Tensor:
         """[..., D] and the word table [V, D] -> logits [..., V]."""
-        return linear(self.norm(F.gelu(self.transform(hidden))), word_embeddings, self.bias)
+        return linear(self.states(hidden), word_embeddings, self.bias)
+
+    def loss_sum(
+        self, hidden: Tensor, word_embeddings: Tensor, targets: Tensor, smoothing: float
+    ) -> Tensor:
+        """Cross-entropy of [M, D] against int64 [M], summed: see `linear_cross_entropy_sum`."""
+        if not self.gradient_checkpointing:
+            return cross_entropy_sum(self(hidden, word_embeddings), targets, smoothing)
+        return linear_cross_entropy_sum(
+            self.states(hidden), word_embeddings, self.bias, targets, smoothing
+        )
+
+    def states(self, hidden: Tensor) -> Tensor:
+        """[..., D] -> [..., D], what the word table is multiplied with."""
+        return self.norm(F.gelu(self.transform(hidden)))
 
 
 def _init_weights(module: nn.Module, std: float) -> None:

@@ -145,6 +145,11 @@ class Blip2Stage1(nn.Module):
         """[..., D] -> [..., V] logits of the next token."""
         return self.qformer.lm_head(hidden, self.qformer.word_embeddings.weight)
 
+    def lm_loss_sum(self, hidden: Tensor, targets: Tensor, smoothing: float) -> Tensor:
+        """Cross-entropy of the next tokens [M] after states [M, D], summed; nats."""
+        table = self.qformer.word_embeddings.weight
+        return self.qformer.lm_head.loss_sum(hidden, table, targets, smoothing)
+
     @torch.no_grad()
     def generate(
         self,

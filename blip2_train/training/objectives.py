@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from blip2_train import losses
 from blip2_train.distributed import (
@@ -26,8 +25,6 @@ from blip2_train.seeding import stable_hash
 
 ALONE = World()
 OBJECTIVES = ("itc", "itm", "lm")
-# Positions whose logits over the vocabulary are held at a time; more are recomputed in backward.
-LM_CHUNK = 2048
 
 
 @dataclass(frozen=True)
@@ -230,25 +227,11 @@ def _trimmed(index: Tensor, batch: Mapping[str, Any]) -> Tensor:
 def _caption(
     model: Blip2Stage1, states: Tensor, batch: Mapping[str, Any], smoothing: float
 ) -> dict[str, Tensor]:
-    """Summed captioning loss; the head runs only where there is a token to predict.
-
-    Its logits are computed `LM_CHUNK` positions at a time, and again in the backward pass: all of
-    them would take more memory than the rest of the step.
-    """
+    """Summed captioning loss; the head runs only where there is a token to predict."""
     index = batch["lm_index"]
     targets = batch["input_ids"].flatten()[index + 1]
     selected = states.index_select(0, torch.searchsorted(batch["text_index"], index))
-
-    def chunk_loss(states: Tensor, wanted: Tensor) -> Tensor:
-        return losses.lm_loss_sum(model.lm_logits(states), wanted, smoothing)
-
-    parts = zip(selected.split(LM_CHUNK), targets.split(LM_CHUNK), strict=True)
-    total = torch.stack(
-        [
-            checkpoint(chunk_loss, *part, use_reentrant=False, preserve_rng_state=False)
-            for part in parts
-        ]
-    ).sum()
+    total = model.lm_loss_sum(selected, targets, smoothing)
     return {"lm_selected": selected, "lm_targets": targets, "loss_lm": total}
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from blip2_train.distributed import World, current_world
-from blip2_train.training import objectives
+from blip2_train.models import cross_entropy
 from blip2_train.training.objectives import LossConfig, draw_uniform, stage1_step
 
 N = 12  # global batch: divisible by 1, 2 and 3
@@ -170,7 +170,7 @@ def test_weights_scale_the_losses() -> None:
 
 def test_chunked_captioning_equals_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     whole, gradients = run_one(tiny_batch(6), loss_config())
-    monkeypatch.setattr(objectives, "LM_CHUNK", 7)
+    monkeypatch.setattr(cross_entropy, "CHUNK", 7)
     chunked, again = run_one(tiny_batch(6), loss_config())
     assert len(whole["lm_targets"]) > 14
     assert whole["loss_lm"].item() == pytest.approx(chunked["loss_lm"].item(), abs=1e-12)

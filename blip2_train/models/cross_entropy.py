@@ -1,0 +1,94 @@
+"""Cross-entropy over a vocabulary whose logits are never all in memory.
+
+Shapes: M positions that have a target, D width, V vocabulary.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from blip2_train.models.linear import product
+
+CHUNK = 2048  # positions whose logits are held at a time
+
+
+def linear_cross_entropy_sum(
+    states: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, smoothing: float
+) -> Tensor:
+    """Smoothed cross-entropy of `F.linear(states, weight, bias)`, summed over positions.
+
+    Logits are computed `CHUNK` positions at a time, used and forgotten, and once more in the
+    backward pass, which keeps of them the normaliser of each position alone. Products are made in
+    the precision around (autocast), the rest in float32 at least.
+
+    Args:
+        states: [M, D].
+        weight: [V, D].
+        bias: [V].
+        targets: int64 [M].
+        smoothing: in [0, 1), over all V classes.
+
+    Returns:
+        Scalar, nats.
+    """
+    if torch.is_autocast_enabled(states.device.type):
+        dtype = torch.get_autocast_dtype(states.device.type)
+        states, weight, bias = states.to(dtype), weight.to(dtype), bias.to(dtype)
+    with torch.autocast(states.device.type, enabled=False):
+        total: Tensor = _LinearCrossEntropy.apply(states, weight, bias, targets, smoothing)
+        return total
+
+
+def cross_entropy_sum(logits: Tensor, targets: Tensor, smoothing: float) -> Tensor:
+    """The same of logits [M, V]."""
+    with torch.autocast(logits.device.type, enabled=False):
+        return F.cross_entropy(_widen(logits), targets, label_smoothing=smoothing, reduction="sum")
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Of a position with logits x and target t, smoothing e: log Z - (1 - e) x_t - e mean(x)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, states: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, smoothing: float
+    ) -> Tensor:
+        normalisers, total = [], torch.zeros((), dtype=_wide(states), device=states.device)
+        for part, wanted in zip(states.split(CHUNK), targets.split(CHUNK), strict=True):
+            logits = _widen(product(part, weight, bias))
+            normalisers.append(logits.logsumexp(dim=1))
+            right = logits.gather(1, wanted[:, None]).sum()
+            total = total + normalisers[-1].sum() - (1 - smoothing) * right
+            if smoothing:
+                total = total - smoothing * logits.mean(dim=1).sum()
+        ctx.save_for_backward(states, weight, bias, targets, torch.cat(normalisers))
+        ctx.smoothing = smoothing
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        states, weight, bias, targets, normalisers = ctx.saved_tensors
+        of_states, of_weight, of_bias = [], torch.zeros_like(weight), torch.zeros_like(bias)
+        parts = (x.split(CHUNK) for x in (states, targets, normalisers))
+        for part, wanted, normaliser in zip(*parts, strict=True):
+            logits = _widen(product(part, weight, bias))
+            of_logits = logits.sub_(normaliser[:, None]).exp_()  # the softmax
+            of_logits.sub_(ctx.smoothing / len(weight))
+            right = torch.full_like(normaliser, ctx.smoothing - 1)
+            of_logits.scatter_add_(1, wanted[:, None], right[:, None])
+            of_logits = of_logits.mul_(grad).to(states.dtype)
+            of_states.append(product(of_logits, weight.T))
+            of_weight += product(of_logits.T, part.T)
+            of_bias += of_logits.sum(dim=0)
+        return torch.cat(of_states), of_weight, of_bias, None, None
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
+
+
+def _widen(x: Tensor) -> Tensor:
+    return x.to(_wide(x))
