@@ -1,5 +1,6 @@
 """Measure speed and memory against what others use, in one run on one machine.
 
+    blip2-benchmark stage1         a training step against the reference's, on any device
     blip2-benchmark loader         images from shards to batches, on processors alone
     blip2-benchmark collectives    bytes that ranks exchange in a step of stage 1
 
@@ -33,6 +34,17 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+def run_stage1(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """A step of stage 1, see `benchmarks/stage1.py`."""
+    import torch
+
+    from blip2_train.benchmarks.stage1 import run
+
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    return run(args.preset, args.batch, args.device, args.rounds, args.overrides)
+
+
 def run_loader(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Loading images, see `benchmarks/loader.py`."""
     from blip2_train.benchmarks.loader import run
@@ -54,6 +66,21 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(required=True, metavar="SUBJECT")
+    stage1 = commands.add_parser("stage1", help="a training step of stage 1")
+    stage1.add_argument(
+        "--preset", default="small", choices=("small", "vitl", "vitg"),
+        help="shapes: small is for processors (default %(default)s)",
+    )  # fmt: skip
+    stage1.add_argument("--batch", type=_count, help="samples (default: the preset's)")
+    stage1.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    stage1.add_argument("--threads", type=_count, help="of a processor (default: torch's)")
+    stage1.add_argument(
+        "--rounds", type=_count, default=10, help="steps of each side (default %(default)s)"
+    )
+    stage1.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="of the configuration of blip2-train"
+    )
+    stage1.set_defaults(run=run_stage1)
     loader = commands.add_parser("loader", help="images from shards to batches")
     loader.add_argument(
         "--sizes", default="341x256,500x375,1365x1024",

@@ -35,7 +35,7 @@ MAY_IMPORT = {
     "sweep": {"errors", "config"},
     "train": {"errors", "rules", "config", "training", "signals", "slurm", "sweep"},
     "benchmark": {"errors", "benchmarks"},
-    "benchmarks": {"errors", "data", "distributed", "models", "training"},
+    "benchmarks": {"errors", "config", "data", "distributed", "models", "training", "train"},
     "demo": {
         "errors", "prepare", "train", "data", "models", "losses", "evaluation", "training",
     },

@@ -1,5 +1,6 @@
 """`--dry-run`: what a training would be, without its data, its weights or its devices."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from blip2_train.config import Launch, plan_batch
+from blip2_train.models.counting import saved_bytes
 from blip2_train.models.freezing import count_parameters, freeze_unreached, parameter_table
 from blip2_train.training.fit import STAGES
 from blip2_train.training.stage import Stage
@@ -79,7 +81,10 @@ def estimate(stage: Stage, model: nn.Module, per_device: int) -> list[str]:
     trained = count_parameters(model.parameters(), trainable=True)
     state = 3 * 4 * trained  # gradient and two moments, float32
     with torch.autocast("cpu", enabled=stage.cfg["trainer"]["precision"] == "bf16-mixed"):
-        saved = saved_bytes(stage, model) / SAMPLES
+        # without dropout, which a CPU's attention keeps weights for and a GPU's fused one does not
+        model.eval()
+        loss = functools.partial(stage.traced_loss, model, SAMPLES, whole=True)
+        saved = saved_bytes(loss, model.parameters()) / SAMPLES
     activations = per_device * (saved + stage.tower_bytes(model))
     total = weights + state + activations
     with FlopCounterMode(display=False) as counter:
@@ -95,23 +100,3 @@ def estimate(stage: Stage, model: nn.Module, per_device: int) -> list[str]:
         f"arithmetic per sample: frozen tower {tower_flops / GB:.1f} GFLOP, the rest, forward and "
         f"backward, {other_flops / GB:.1f} GFLOP",
     ]
-
-
-def saved_bytes(stage: Stage, model: nn.Module) -> int:
-    """Bytes that the backward of `SAMPLES` samples keeps, parameters left out."""
-    parameters = {p.untyped_storage()._cdata for p in model.parameters()}
-    seen: dict[int, int] = {}
-    alive = []  # a freed storage would have its address used again
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in parameters:
-            seen[storage._cdata] = storage.nbytes()
-            alive.append(tensor)
-        return tensor
-
-    # without dropout, which a CPU's attention would keep weights for and a GPU's fused one does not
-    model.eval()
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        stage.traced_loss(model, SAMPLES, whole=True)
-    return sum(seen.values())

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from blip2_train import losses
 from blip2_train.distributed import (
@@ -114,37 +115,45 @@ def stage1_step(
     input_ids, attention_mask = batch["input_ids"][:, :T], batch["attention_mask"][:, :T]
     image_id_all, *text_all = _gather_text(batch, world)
 
-    image = model.qformer.project_image(image_embeds)
+    with record_function("image"):
+        image = model.qformer.project_image(image_embeds)
     image_feats = text_feat = caption = None
     if on != ("itm",):
-        image_feats, text_feat, caption = model.encode(
-            image,
-            input_ids,
-            attention_mask,
-            _trimmed(batch["text_index"], batch),
-            contrast="itc" in on,
-            caption="lm" in on,
-        )
+        with record_function("queries, text, captions"):
+            image_feats, text_feat, caption = model.encode(
+                image,
+                input_ids,
+                attention_mask,
+                _trimmed(batch["text_index"], batch),
+                contrast="itc" in on,
+                caption="lm" in on,
+            )
     out = {"positive": losses.same_id(batch["image_id"], image_id_all)}
     if image_feats is not None and text_feat is not None:
-        out |= {"image_feats": image_feats, "text_feat": text_feat}
-        out |= _similarities(model, out, config.itc.gradient, world)
-        out["loss_itc"] = losses.itc_loss(
-            out["sim_i2t"], out["sim_t2i"], out["positive"], config.itc.smoothing
-        )
+        with record_function("contrast"):
+            out |= {"image_feats": image_feats, "text_feat": text_feat}
+            out |= _similarities(model, out, config.itc.gradient, world)
+            out["loss_itc"] = losses.itc_loss(
+                out["sim_i2t"], out["sim_t2i"], out["positive"], config.itc.smoothing
+            )
     if "itm" in on:
-        out |= _negatives(out, uniform, negatives)
-        request = request_rows(out["neg_image_idx"], B, world) if world.size > 1 else None
+        with record_function("negatives"):
+            out |= _negatives(out, uniform, negatives)
+            request = request_rows(out["neg_image_idx"], B, world) if world.size > 1 else None
     if caption is not None:  # runs while the negatives' row numbers travel to the host
-        out |= _caption(model, caption, batch, config.lm.smoothing)
+        with record_function("words"):
+            out |= _caption(model, caption, batch, config.lm.smoothing)
     if "itm" in on:
-        if request is None:
-            source, position = image, out["neg_image_idx"]
-        else:
-            fetched, position = fetch_rows(image_embeds, request)
-            source = model.qformer.project_image(fetched)
-        negative = [(k.index_select(0, position), v.index_select(0, position)) for k, v in source]
-        out |= _match(model, image, negative, batch, text_all, out)
+        with record_function("matching"):
+            if request is None:
+                source, position = image, out["neg_image_idx"]
+            else:
+                fetched, position = fetch_rows(image_embeds, request)
+                source = model.qformer.project_image(fetched)
+            negative = [
+                (k.index_select(0, position), v.index_select(0, position)) for k, v in source
+            ]
+            out |= _match(model, image, negative, batch, text_all, out)
 
     _normalise(out, on, config.normalise, world)
     out["loss"] = torch.stack([config.weights[name] * out[f"loss_{name}"] for name in on]).sum()
