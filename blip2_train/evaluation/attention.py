@@ -7,7 +7,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from blip2_train.models.blocks import CrossAttention, split_heads
+from blip2_train.models.attention import split_heads
+from blip2_train.models.blocks import CrossAttention
 from blip2_train.models.qformer import ImageKV, QFormer
 
 

@@ -3,10 +3,13 @@
 Shapes as in `qformer.py` and `rows.py`; n: positions of a pass, queries first.
 """
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from blip2_train.models.attention import attend, join_heads, split_heads
 from blip2_train.models.linear import Linear, gelu_linear, linear
 from blip2_train.models.rows import Group, leading
 
@@ -40,15 +43,15 @@ class QFormerLayer(nn.Module):
         hidden: Tensor,
         groups: list[Group],
         num_queries: int,
-        image: list[tuple[KeyValue, int]] | None,
-        past: list[KeyValue],
+        image: list[tuple[KeyValue, int | Tensor]] | None,
+        past: KeyValue | None,
         last: bool,
-    ) -> tuple[Tensor, list[KeyValue]]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """[n, D], the first `num_queries` positions queries -> the same, and keys and values.
 
         In the `last` block only positions that are read come out.
         """
-        hidden, keys_values = self.self_attention(hidden, groups, past, last)
+        hidden, keys, values = self.self_attention(hidden, groups, past, last)
         if last and groups[0].read == 0:
             num_queries = 0
         queries, text = hidden[:num_queries], hidden[num_queries:]
@@ -61,7 +64,7 @@ class QFormerLayer(nn.Module):
         if len(text):
             assert self.text_ffn is not None, "a Q-Former built with text=False reads no text"
             outputs.append(self.text_ffn(text))
-        return (torch.cat(outputs) if len(outputs) > 1 else outputs[0]), keys_values
+        return (torch.cat(outputs) if len(outputs) > 1 else outputs[0]), keys, values
 
 
 class SelfAttention(nn.Module):
@@ -78,38 +81,49 @@ class SelfAttention(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(
-        self, hidden: Tensor, groups: list[Group], past: list[KeyValue], last: bool
-    ) -> tuple[Tensor, list[KeyValue]]:
+        self, hidden: Tensor, groups: list[Group], past: KeyValue | None, last: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Attends within each group.
 
         Args:
             hidden: [n, D].
             groups: of the n positions.
-            past: keys and values that count as those of groups before the first.
+            past: keys and values of queries that are not among them (see `Group.sees_queries`).
             last: leave out the positions that no later block and nobody else reads.
 
         Returns:
-            [n, D], in the last block [n', D]; and keys and values [R, H, L, Dh] of each group.
+            [n, D], in the last block [n', D]; and keys and values [n, D].
         """
         keys, values, asking = self.key(hidden), self.value(hidden), groups
         if last:
             hidden, asking = leading(hidden, groups)
-        queries = self.query(hidden)
-        keys_values, outputs = list(past), []
+        sources = (self.query(hidden), keys, values, *(past or ()))
+        outputs = []
         for group, asker in zip(groups, asking, strict=True):
-            key, value = own = (
-                split_heads(group.rows(keys), self.num_heads),
-                split_heads(group.rows(values), self.num_heads),
-            )
-            keys_values.append(own)
-            if group.sees is not None:
-                front = keys_values[group.sees]
-                key, value = (torch.cat(pair, dim=2) for pair in zip(front, own, strict=True))
-            query = split_heads(asker.rows(queries), self.num_heads)
-            context = attend(query, key, value, group.mask, self.dropout)
-            outputs += asker.flat(self.output(context.transpose(1, 2).flatten(2)))
+            heads = functools.partial(self._heads, groups[0], group, asker)
+            context = attend(heads, sources, group.mask, self.dropout)
+            outputs += asker.flat(self.output(join_heads(context)))
         output = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
-        return self.norm(self.dropout(output) + hidden), keys_values[len(past) :]
+        return self.norm(self.dropout(output) + hidden), keys, values
+
+    def _heads(
+        self,
+        first: Group,
+        group: Group,
+        asker: Group,
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        *past: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        def rows(of: Group, flat: Tensor) -> Tensor:
+            return split_heads(of.rows(flat), self.num_heads)
+
+        key, value = rows(group, keys), rows(group, values)
+        if group.sees_queries:
+            front = past or (rows(first, keys), rows(first, values))
+            key, value = torch.cat([front[0], key], dim=2), torch.cat([front[1], value], dim=2)
+        return rows(asker, queries), key, value
 
 
 class CrossAttention(nn.Module):
@@ -146,22 +160,31 @@ class CrossAttention(nn.Module):
         key, value = linear(tokens, weight, bias).chunk(2, dim=-1)
         return split_heads(key, self.num_heads), split_heads(value, self.num_heads)
 
-    def forward(self, queries: Tensor, image: list[tuple[KeyValue, int]]) -> Tensor:
-        """[R * Q, D] -> [R * Q, D]; `image` says which keys and values each row looks at.
+    def forward(self, queries: Tensor, image: list[tuple[KeyValue, int | Tensor]]) -> Tensor:
+        """[R * Q, D] -> [R * Q, D].
 
-        Rows that share an image are one longer query sequence against a single set of keys and
-        values, so that no image is copied.
+        Args:
+            queries: of all rows.
+            image: keys and values that the rows look at, as `ImageGroups` says. The rows of an
+                image are one longer query sequence, so that it is not copied.
         """
-        query, outputs, start = self.query(queries), [], 0
-        positions = len(queries) // sum(key.shape[0] * repeat for (key, _), repeat in image)
-        for (key, value), repeat in image:
-            images = key.shape[0]
-            rows = query.narrow(0, start, images * repeat * positions).unflatten(0, (images, -1))
-            start += images * repeat * positions
-            context = attend(split_heads(rows, self.num_heads), key, value, None, self.dropout)
-            outputs.append(self.output(context.transpose(1, 2).flatten(2)).flatten(0, 1))
+        counts = [rows * len(kv[0]) if isinstance(rows, int) else len(rows) for kv, rows in image]
+        positions = len(queries) // sum(counts)
+        parts = self.query(queries).split([count * positions for count in counts])
+        outputs = []
+        for part, (kv, rows) in zip(parts, image, strict=True):
+            heads = functools.partial(self._heads, rows)
+            context = attend(heads, (part, *kv), None, self.dropout)
+            outputs.append(self.output(join_heads(context)).flatten(0, 1))
         output = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
         return self.norm(self.dropout(output) + queries)
+
+    def _heads(
+        self, rows: int | Tensor, queries: Tensor, key: Tensor, value: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        if not isinstance(rows, int):
+            key, value = key.index_select(0, rows), value.index_select(0, rows)
+        return split_heads(queries.unflatten(0, (len(key), -1)), self.num_heads), key, value
 
 
 class FeedForward(nn.Module):
@@ -182,17 +205,3 @@ class FeedForward(nn.Module):
 def layer_norm(size: int) -> nn.LayerNorm:
     """BERT's layer norm."""
     return nn.LayerNorm(size, eps=1e-12)
-
-
-def split_heads(x: Tensor, num_heads: int) -> Tensor:
-    """[R, L, D] -> [R, H, L, Dh]."""
-    return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
-
-
-def attend(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: nn.Dropout
-) -> Tensor:
-    """Scaled dot-product attention, [R, H, L, Dh]; dropout on the weights while training."""
-    return F.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, dropout_p=dropout.p if dropout.training else 0.0
-    )

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from blip2_train.models.attention import split_heads
 from blip2_train.models.blocks import CrossAttention, KeyValue, QFormerLayer, layer_norm
 from blip2_train.models.cross_entropy import cross_entropy_sum, linear_cross_entropy_sum
 from blip2_train.models.linear import Linear, linear
@@ -29,9 +30,9 @@ from blip2_train.models.rows import Group, Span, causal_mask
 
 # Keys and values of the image for every cross-attention, first layer first.
 ImageKV = list[KeyValue]
-# Which images the rows of a pass look at: each entry covers `images * repeat` rows in order, those
-# of an image side by side.
-ImageGroups = list[tuple[ImageKV, int]]
+# Which images the rows of a pass look at, part by part. With a number n beside them, each image is
+# looked at by n rows, which stand side by side; with an index [r], r rows look at these images.
+ImageGroups = list[tuple[ImageKV, int | Tensor]]
 
 
 class QFormer(nn.Module):
@@ -86,6 +87,7 @@ class QFormer(nn.Module):
             raise ValueError("a Q-Former with a text side needs vocab_size; give it, or text=False")
         self.gradient_checkpointing = gradient_checkpointing
         self.num_query_tokens = num_query_tokens
+        self.num_heads = num_heads
         self.hidden_size = hidden_size
         self.vision_width = vision_width
 
@@ -181,7 +183,9 @@ class QFormer(nn.Module):
         hidden, keys_values = self._blocks(
             self.embed_queries(queries.rows), [Group((queries,))], queries.count, [(image, 1)]
         )
-        return queries.pad(hidden), [own for (own,) in keys_values]
+        split = functools.partial(split_heads, num_heads=self.num_heads)
+        query_kv = [(split(queries.pad(k)), split(queries.pad(v))) for k, v in keys_values]
+        return queries.pad(hidden), query_kv
 
     def forward_text(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Text sees itself in both directions; [R, T] ids and mask (1 = token) -> [R, T, D]."""
@@ -205,7 +209,7 @@ class QFormer(nn.Module):
             [B, T, D].
         """
         text = Span(0, *input_ids.shape)
-        group = Group((text,), causal_mask(query_kv[0][0].shape[2], input_ids), sees=0)
+        group = Group((text,), causal_mask(query_kv[0][0].shape[2], input_ids), sees_queries=True)
         hidden, _ = self._blocks(self.embed_text(input_ids), [group], past=query_kv)
         return text.pad(hidden)
 
@@ -249,7 +253,7 @@ class QFormer(nn.Module):
             end += text.count
         if decoder_ids is not None:
             caption = Span(end, B, T, slots)
-            groups.append(Group((caption,), causal_mask(Q, decoder_ids), sees=0))
+            groups.append(Group((caption,), causal_mask(Q, decoder_ids), sees_queries=True))
             hidden.append(self.embed_text(decoder_ids, slots))
         states, _ = self._blocks(torch.cat(hidden), groups, queries.count, [(image, 1)])
         if not contrast:
@@ -297,7 +301,7 @@ class QFormer(nn.Module):
         num_queries: int = 0,
         images: ImageGroups | None = None,
         past: list[KeyValue] | None = None,
-    ) -> tuple[Tensor, list[list[KeyValue]]]:
+    ) -> tuple[Tensor, list[KeyValue]]:
         """All blocks.
 
         Args:
@@ -305,11 +309,11 @@ class QFormer(nn.Module):
             groups: which positions attend to which.
             num_queries: positions of queries among the n.
             images: what the queries look at.
-            past: per block, keys and values that count as those of a group before the first.
+            past: per block, keys and values of queries that are not among the n.
 
         Returns:
-            [n', D], positions that are read (see `Group.read`); and per block the keys and values
-            of each group.
+            [n', D], positions that are read (see `Group.read`); and per block keys and values
+            [n, D].
         """
         keys_values = []
         cross_index = 0
@@ -317,15 +321,15 @@ class QFormer(nn.Module):
             image = None
             if layer.cross_attention is not None:
                 if images is not None:
-                    image = [(kv[cross_index], repeat) for kv, repeat in images]
+                    image = [(kv[cross_index], rows) for kv, rows in images]
                 cross_index += 1
             last = i == len(self.layers) - 1
-            args = (hidden, groups, num_queries, image, [past[i]] if past else [], last)
+            args = (hidden, groups, num_queries, image, past[i] if past else None, last)
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                hidden, kv = checkpoint(layer, *args, use_reentrant=False)
+                hidden, keys, values = checkpoint(layer, *args, use_reentrant=False)
             else:
-                hidden, kv = layer(*args)
-            keys_values.append(kv)
+                hidden, keys, values = layer(*args)
+            keys_values.append((keys, values))
         return hidden, keys_values
 
 

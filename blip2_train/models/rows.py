@@ -54,14 +54,15 @@ class Group:
     Attributes:
         spans: side by side in each row; in the order of the matrix.
         mask: bool, True = visible, broadcastable to [R, H, L, keys]; None: all is visible.
-        sees: number of a group before, whose keys and values stand in front of this one's.
+        sees_queries: keys and values of the first group, or of one before this pass, stand in front
+            of this one's.
         read: how many leading positions of each row are read after the last block, which computes
             no others; None: all.
     """
 
     spans: tuple[Span, ...]
     mask: Tensor | None = None
-    sees: int | None = None
+    sees_queries: bool = False
     read: int | None = None
 
     def rows(self, flat: Tensor) -> Tensor:

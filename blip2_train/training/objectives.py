@@ -20,7 +20,7 @@ from blip2_train.distributed import (
     fetch_rows,
     request_rows,
 )
-from blip2_train.models.qformer import ImageKV
+from blip2_train.models.qformer import ImageGroups
 from blip2_train.models.stage1 import Blip2Stage1
 from blip2_train.seeding import stable_hash
 
@@ -150,10 +150,7 @@ def stage1_step(
             else:
                 fetched, position = fetch_rows(image_embeds, request)
                 source = model.qformer.project_image(fetched)
-            negative = [
-                (k.index_select(0, position), v.index_select(0, position)) for k, v in source
-            ]
-            out |= _match(model, image, negative, batch, text_all, out)
+            out |= _match(model, [(image, 2), (source, position)], batch, text_all, out)
 
     _normalise(out, on, config.normalise, world)
     out["loss"] = torch.stack([config.weights[name] * out[f"loss_{name}"] for name in on]).sum()
@@ -246,8 +243,7 @@ def _caption(
 
 def _match(
     model: Blip2Stage1,
-    image: ImageKV,
-    negative_image: ImageKV,
+    images: ImageGroups,
     batch: Mapping[str, Any],
     text_all: list[Tensor],
     out: dict[str, Tensor],
@@ -270,7 +266,7 @@ def _match(
 
     ids, mask = text_all
     logits = model.match(
-        [(image, 2), (negative_image, 1)],
+        images,
         rows(batch["input_ids"], ids),
         rows(batch["attention_mask"], mask),
         slots,

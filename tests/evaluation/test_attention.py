@@ -6,7 +6,8 @@ from PIL import Image
 from tiny import PATCHES, WIDTH, tiny_model
 
 from blip2_train.evaluation.attention import attention_maps, overlay
-from blip2_train.models.blocks import CrossAttention, split_heads
+from blip2_train.models.attention import split_heads
+from blip2_train.models.blocks import CrossAttention
 
 
 def test_maps_reproduce_the_output_of_a_layer() -> None:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from tiny import PATCHES, TEXT, VOCAB, WIDTH, one_pass, tiny_batch, tiny_model
 from torch import Tensor
 
-from blip2_train.models.blocks import attend, split_heads
+from blip2_train.models.attention import attend, split_heads
 from blip2_train.models.freezing import count_parameters
 from blip2_train.models.qformer import QFormer
 from blip2_train.models.stage1 import Blip2Stage1
@@ -276,6 +276,10 @@ def test_checkpointing_changes_nothing(training: bool) -> None:
         torch.testing.assert_close(one, two, atol=1e-12, rtol=1e-10)
 
 
+def plain(*heads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return heads  # type: ignore[return-value]
+
+
 def test_dropout_acts_in_training_only() -> None:
     qformer, batch = tiny_qformer(0.3), tiny_batch(B)
     text = batch["input_ids"], batch["attention_mask"]
@@ -285,9 +289,9 @@ def test_dropout_acts_in_training_only() -> None:
     value = torch.eye(6, dtype=torch.float64)[None, None]
     nothing = torch.zeros_like(value)
     dropout = torch.nn.Dropout(0.5)
-    rows = attend(nothing, nothing, value, None, dropout)
+    rows = attend(plain, (nothing, nothing, value), None, dropout)
     assert rows.unique().tolist() == [0.0, pytest.approx(2 / 6)]
-    assert attend(nothing, nothing, value, None, dropout.eval()).unique().numel() == 1
+    assert attend(plain, (nothing, nothing, value), None, dropout.eval()).unique().numel() == 1
 
 
 def test_queries_start_small_and_different() -> None:
@@ -326,7 +330,7 @@ def test_attention_is_the_textbook_one() -> None:
     mask = torch.rand(2, 1, 5, 5, generator=generator) > 0.3
     mask[..., 0] = True
     scores = (q @ k.transpose(-1, -2) / 7**0.5).masked_fill(~mask, -torch.inf)
-    ours = attend(q, k, v, mask, torch.nn.Dropout(0.0))
+    ours = attend(plain, (q, k, v), mask, torch.nn.Dropout(0.0))
     torch.testing.assert_close(ours, scores.softmax(dim=-1) @ v, atol=1e-12, rtol=0)
 
 
