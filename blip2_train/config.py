@@ -85,8 +85,9 @@ class BatchPlan:
         size: samples per optimizer step, over all devices.
         accumulate: contrastive batches per optimizer step.
         contrastive: samples that ITC and ITM compare with each other, size / accumulate.
-        per_device: samples of one forward on one device.
+        per_device: samples of a contrastive batch on one device.
         world_size: devices.
+        parts: in which a device computes them, one after the other.
     """
 
     size: int
@@ -94,17 +95,29 @@ class BatchPlan:
     contrastive: int
     per_device: int
     world_size: int
+    parts: int = 1
+
+    @property
+    def at_a_time(self) -> int:
+        """Samples whose activations one device holds."""
+        return self.per_device // self.parts
 
     def __str__(self) -> str:
         return (
-            f"batch {self.size} = {self.accumulate} part(s) of {self.contrastive} = "
-            f"{self.per_device} x {self.world_size} device(s) each; contrast compares "
-            f"{self.contrastive} samples at a time"
+            f"batch {self.size} = {self.accumulate * self.parts} part(s) of "
+            f"{self.at_a_time * self.world_size} = {self.at_a_time} x {self.world_size} device(s) "
+            f"each; contrast compares {self.contrastive} samples at a time"
         )
 
 
-def plan_batch(size: int, accumulate: int, world_size: int) -> BatchPlan:
+def plan_batch(size: int, accumulate: int, world_size: int, *, cache: bool = False) -> BatchPlan:
     """Cuts the global batch.
+
+    Args:
+        size: samples per optimizer step, over all devices.
+        accumulate: parts that a device computes one after the other.
+        world_size: devices.
+        cache: the parts are compared with each other, as one contrastive batch.
 
     Raises:
         UserError: it cannot be cut evenly; names the nearest sizes that can.
@@ -119,8 +132,20 @@ def plan_batch(size: int, accumulate: int, world_size: int) -> BatchPlan:
             f"batch.size={size} is not divisible by devices x batch.accumulate = "
             f"{world_size} x {accumulate} = {unit}; set batch.size={near}"
         )
+    if cache:
+        return BatchPlan(size, 1, size, size // world_size, world_size, parts=accumulate)
     contrastive = size // accumulate
     return BatchPlan(size, accumulate, contrastive, contrastive // world_size, world_size)
+
+
+def batch_plan(cfg: Mapping[str, Any], world_size: int) -> BatchPlan:
+    """The plan of a resolved configuration.
+
+    Raises:
+        UserError: see `plan_batch`.
+    """
+    cache = cfg["stage"] == "stage1" and cfg["loss"]["itc"]["cache"]
+    return plan_batch(cfg["batch"]["size"], cfg["batch"]["accumulate"], world_size, cache=cache)
 
 
 def to_plain(cfg: DictConfig) -> dict[str, Any]:
@@ -232,7 +257,7 @@ def validate(cfg: Mapping[str, Any], world_size: int = 1) -> None:
     size, accumulate = at(cfg, "batch.size"), at(cfg, "batch.accumulate")
     if isinstance(size, int) and isinstance(accumulate, int) and min(size, accumulate) > 0:
         try:
-            plan_batch(size, accumulate, world_size)
+            plan_batch(size, accumulate, world_size)  # a cache cuts at the same places
         except UserError as error:
             problems.append(str(error))
     if problems:

@@ -136,6 +136,7 @@ SWITCHES = (
     "language_model.gradient_checkpointing",
     "image_encoder.gradient_checkpointing",
     "model.keep_text",
+    "loss.itc.cache",
 )
 # Groups whose classes have defaults, and check what else they are given themselves.
 GROUPS = (

@@ -432,6 +432,10 @@ def test_a_batch_is_cut() -> None:
     assert str(plan) == (
         "batch 24 = 3 part(s) of 8 = 2 x 4 device(s) each; contrast compares 8 samples at a time"
     )
+    cached = plan_batch(24, 3, 4, cache=True)
+    assert (cached.accumulate, cached.contrastive, cached.per_device) == (1, 24, 6)
+    assert (cached.parts, cached.at_a_time) == (3, 2)
+    assert str(cached) == str(plan).replace("compares 8", "compares 24")
 
 
 @pytest.mark.parametrize(

@@ -60,6 +60,7 @@ def tiny_batch(size: int, seed: int = 0, ids: list[int] | None = None) -> dict[s
         "attention_mask": mask,
         "image_id": torch.arange(size) if ids is None else torch.tensor(ids),
         "text_index": text_tokens(mask),
+        "tokens": mask.sum(dim=1).tolist(),
         "lm_index": lm_targets(mask),
         "text_length": int(lengths.max()),
         "image_embeds": torch.randn(size, PATCHES, WIDTH, generator=generator, dtype=torch.float64),
@@ -71,6 +72,7 @@ def rows_of(batch: dict[str, Any], rows: slice) -> dict[str, Any]:
     part = {k: v[rows] for k, v in batch.items() if isinstance(v, Tensor) and "_index" not in k}
     part["text_length"] = batch["text_length"]
     part["text_index"] = text_tokens(part["attention_mask"])
+    part["tokens"] = batch["tokens"][rows]
     part["lm_index"] = lm_targets(part["attention_mask"])
     return part
 

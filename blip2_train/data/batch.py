@@ -64,6 +64,7 @@ class ImageTextBatch(Pictures):
     attention_mask: torch.Tensor  # int64 [B, T], 0 on padding
     image_id: torch.Tensor  # int64 [B], equal for the same image
     text_index: torch.Tensor  # int64 [n], see `text_tokens`
+    tokens: list[int]  # B, tokens of each text: n in all
     lm_index: torch.Tensor  # int64 [M], see `lm_targets`
     text: list[str]
     keys: list[str]
@@ -184,6 +185,7 @@ def collate(
         "attention_mask": attention_mask,
         "image_id": torch.tensor([sample.image_id for sample in samples]),
         "text_index": text_tokens(attention_mask),
+        "tokens": attention_mask.sum(dim=1).tolist(),
         "lm_index": lm_targets(attention_mask),
         "text": texts,
         "keys": [sample.key for sample in samples],

@@ -10,7 +10,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from blip2_train.config import Launch, plan_batch
+from blip2_train.config import Launch, batch_plan
 from blip2_train.models.counting import saved_bytes
 from blip2_train.models.freezing import count_parameters, freeze_unreached, parameter_table
 from blip2_train.training.fit import STAGES
@@ -33,7 +33,7 @@ def describe(cfg: Mapping[str, Any], launch: Launch) -> None:
         UserError: the vocabulary is not known without the tokenizer, and there is no tokenizer.
     """
     print(yaml.safe_dump(dict(cfg), sort_keys=False))
-    plan = plan_batch(cfg["batch"]["size"], cfg["batch"]["accumulate"], launch.world_size)
+    plan = batch_plan(cfg, launch.world_size)
     print(f"{plan}\n")
     stage = STAGES[cfg["stage"]](cfg)
     with torch.device("meta"):
@@ -41,7 +41,7 @@ def describe(cfg: Mapping[str, Any], launch: Launch) -> None:
     with FakeTensorMode(allow_non_fake_inputs=True):
         fake_on_cpu(model)
         freeze_unreached(model, lambda: stage.traced_loss(model, SAMPLES, whole=False))
-        memory = estimate(stage, model, plan.per_device)
+        memory = estimate(stage, model, plan.at_a_time)
     print(f"{'module':<32} {'parameters':>15}  {'state':<7}  dtype")
     for row in parameter_table(model):
         print(f"{row['module']:<32} {row['parameters']:>15,}  {row['state']:<7}  {row['dtype']}")

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from blip2_train import distributed, signals
 from blip2_train.checkpoint import io
-from blip2_train.config import BatchPlan, Launch, plan_batch
+from blip2_train.config import BatchPlan, Launch, batch_plan
 from blip2_train.data.feeder import Feeder
 from blip2_train.distributed import World
 from blip2_train.errors import UserError
@@ -112,7 +112,7 @@ def fit(cfg: Mapping[str, Any], launch: Launch, *, patient: bool = False) -> Pat
         # the watchdog says more, so it comes first; in start-up, ranks wait for one another longer
         timeout=max(1.5 * cfg["trainer"]["hang_seconds"], 600),
     )
-    batch = plan_batch(cfg["batch"]["size"], cfg["batch"]["accumulate"], world.size)
+    batch = batch_plan(cfg, world.size)
     check_locality(cfg["data"]["locality"], batch.contrastive, launch)
     folder = run_folder(cfg)
     lock = RunLock(folder) if world.rank == 0 else None
@@ -219,7 +219,7 @@ def _train(
         )
     preemption = Preemption(checkpointing.save_now, lock)
     callbacks += [report, checkpointing, preemption]
-    trainer = build_trainer(cfg, launch, environment, cuda, loggers, callbacks)
+    trainer = build_trainer(cfg, launch, batch, environment, cuda, loggers, callbacks)
 
     # 3. train
     log.info("%s", batch)
@@ -348,6 +348,7 @@ def build_module(
 def build_trainer(
     cfg: Mapping[str, Any],
     launch: Launch,
+    batch: BatchPlan,
     environment: Any,
     cuda: bool,
     loggers: list[Logger],
@@ -371,7 +372,7 @@ def build_trainer(
         deterministic=settings["deterministic"],
         max_steps=settings["max_steps"],
         max_epochs=-1,
-        accumulate_grad_batches=cfg["batch"]["accumulate"],
+        accumulate_grad_batches=batch.accumulate,
         limit_val_batches=0,
         logger=loggers or False,
         callbacks=callbacks,

@@ -8,7 +8,7 @@ import torch
 import yaml
 
 from blip2_train.checkpoint import io
-from blip2_train.config import plan_batch
+from blip2_train.config import batch_plan, plan_batch
 from blip2_train.data.stream import EvalStream
 from blip2_train.distributed import World
 from blip2_train.errors import UserError
@@ -79,6 +79,5 @@ def loss_levels(stage: Stage, model: Any) -> dict[str, Level]:
         stage: from `load_run`, as is the model.
         model: of the run.
     """
-    settings = stage.cfg["batch"]
-    batch = plan_batch(settings["size"], settings["accumulate"], 1)
+    batch = batch_plan(stage.cfg, 1)
     return stage.build_module(model, batch).levels(batch.contrastive)

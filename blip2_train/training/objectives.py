@@ -3,13 +3,15 @@
 Shapes: B own samples, N = B * ranks, T text tokens (trimmed), M caption targets.
 """
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.profiler import record_function
+from torch.utils.checkpoint import checkpoint
 
 from blip2_train import losses
 from blip2_train.distributed import (
@@ -20,12 +22,13 @@ from blip2_train.distributed import (
     fetch_rows,
     request_rows,
 )
-from blip2_train.models.qformer import ImageGroups
+from blip2_train.models.qformer import ImageKV
 from blip2_train.models.stage1 import Blip2Stage1
 from blip2_train.seeding import stable_hash
 
 ALONE = World()
 OBJECTIVES = ("itc", "itm", "lm")
+Results = tuple[Any, ...]
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,7 @@ def stage1_step(
     uniform: Tensor | None = None,
     negatives: tuple[Tensor, Tensor] | None = None,
     world: World = ALONE,
+    parts: int = 1,
 ) -> dict[str, Tensor]:
     """Losses of one contrastive batch, and what they were computed from.
 
@@ -98,36 +102,34 @@ def stage1_step(
         image_embeds: [B, P, Dv] tokens of the frozen tower.
         batch: `input_ids` and `attention_mask` int64 [B, T_max], `image_id` int64 [B],
             `text_index` int64 [n] and `lm_index` int64 [M] (see `data.batch`), and `text_length`:
-            T, to which text is trimmed, the same on all ranks.
+            T, to which text is trimmed, the same on all ranks. For more than one part also
+            `tokens`: list of B numbers, the tokens of each text.
         config: weights and variants of the losses.
         uniform: float64 [2, B] in [0, 1): the numbers that draw this rank's negative images and
             texts; needed for ITM unless `negatives` is given.
         negatives: (image, text) global row numbers, each int64 [B], instead of drawing them.
         world: the ranks that share the contrastive batch.
+        parts: the Q-Former computes B / parts samples at a time, forgets all but what the losses
+            are made of, and computes them once more in the backward pass (GradCache, arXiv
+            2101.06983): the same losses and gradients in the memory of a part.
 
     Returns:
         `loss` (to call backward on) and `loss_itc`, `loss_itm`, `loss_lm` where computed: with
         `normalise=global` their mean over ranks is the loss of the global batch; and named
         intermediate tensors, for metrics and tests.
     """
-    on = config.on
-    B, T = batch["input_ids"].shape[0], batch["text_length"]
-    input_ids, attention_mask = batch["input_ids"][:, :T], batch["attention_mask"][:, :T]
+    on, B = config.on, len(batch["input_ids"])
     image_id_all, *text_all = _gather_text(batch, world)
+    image = None
+    if parts == 1:  # where there are more, each projects its own images
+        with record_function("image"):
+            image = model.qformer.project_image(image_embeds)
 
-    with record_function("image"):
-        image = model.qformer.project_image(image_embeds)
     image_feats = text_feat = caption = None
     if on != ("itm",):
         with record_function("queries, text, captions"):
-            image_feats, text_feat, caption = model.encode(
-                image,
-                input_ids,
-                attention_mask,
-                _trimmed(batch["text_index"], batch),
-                contrast="itc" in on,
-                caption="lm" in on,
-            )
+            encode = functools.partial(_encode, model, image, image_embeds, batch, on)
+            image_feats, text_feat, caption = _in_parts(encode, B, parts)
     out = {"positive": losses.same_id(batch["image_id"], image_id_all)}
     if image_feats is not None and text_feat is not None:
         with record_function("contrast"):
@@ -145,12 +147,17 @@ def stage1_step(
             out |= _caption(model, caption, batch, config.lm.smoothing)
     if "itm" in on:
         with record_function("matching"):
-            if request is None:
-                source, position = image, out["neg_image_idx"]
-            else:
-                fetched, position = fetch_rows(image_embeds, request)
-                source = model.qformer.project_image(fetched)
-            out |= _match(model, [(image, 2), (source, position)], batch, text_all, out)
+            source, position = image_embeds, out["neg_image_idx"]
+            if request is not None:
+                source, position = fetch_rows(image_embeds, request)
+            others = image
+            if image is None or request is not None:
+                others = model.qformer.project_image(source) if parts == 1 else None
+            match = functools.partial(
+                _match, model, image, others, image_embeds, source, position,
+                batch, text_all, out["neg_text_idx"],
+            )  # fmt: skip
+            out |= _matching_loss(_in_parts(match, B, parts), out["has_negative"])
 
     _normalise(out, on, config.normalise, world)
     out["loss"] = torch.stack([config.weights[name] * out[f"loss_{name}"] for name in on]).sum()
@@ -224,10 +231,49 @@ def _negatives(
     }
 
 
-def _trimmed(index: Tensor, batch: Mapping[str, Any]) -> Tensor:
-    """Positions b * T_max + t of padded texts as b * T + t of trimmed ones."""
-    T_max = batch["input_ids"].shape[1]
+def _in_parts(function: Callable[[slice], Results], samples: int, parts: int) -> Results:
+    """What a function of some of the samples gives for all of them.
+
+    Of more than one part nothing is kept but the results.
+    """
+    if parts == 1:
+        return function(slice(0, samples))
+    size = samples // parts
+    rows = [slice(start, start + size) for start in range(0, samples, size)]
+    results = [checkpoint(function, part, use_reentrant=False) for part in rows]
+    return tuple(
+        None if any(x is None for x in column) else torch.cat(column)
+        for column in zip(*results, strict=True)
+    )
+
+
+def _text_index(batch: Mapping[str, Any], rows: slice) -> Tensor:
+    """Positions b * T + t of the tokens of some rows, counted from the first of them."""
+    index, T_max = batch["text_index"], batch["input_ids"].shape[1]
+    if rows.stop - rows.start < len(batch["input_ids"]):
+        before, own = (sum(batch["tokens"][:end]) for end in (rows.start, rows.stop))
+        index = index[before:own] - rows.start * T_max
     return index // T_max * batch["text_length"] + index % T_max
+
+
+def _encode(
+    model: Blip2Stage1,
+    image: ImageKV | None,
+    image_embeds: Tensor,
+    batch: Mapping[str, Any],
+    on: tuple[str, ...],
+    rows: slice,
+) -> Results:
+    """See `Blip2Stage1.encode`, for some rows; `image` is given where they are all."""
+    T = batch["text_length"]
+    return model.encode(
+        image if image is not None else model.qformer.project_image(image_embeds[rows]),
+        batch["input_ids"][rows, :T],
+        batch["attention_mask"][rows, :T],
+        _text_index(batch, rows),
+        contrast="itc" in on,
+        caption="lm" in on,
+    )
 
 
 def _caption(
@@ -243,39 +289,63 @@ def _caption(
 
 def _match(
     model: Blip2Stage1,
-    images: ImageGroups,
+    image: ImageKV | None,
+    others: ImageKV | None,
+    image_embeds: Tensor,
+    source: Tensor,
+    position: Tensor,
     batch: Mapping[str, Any],
     text_all: list[Tensor],
-    out: dict[str, Tensor],
-) -> dict[str, Tensor]:
-    """Summed matching loss over (own, own), (negative image, own text), (own image, negative text).
+    neg_text_idx: Tensor,
+    rows: slice,
+) -> Results:
+    """Logits [b, 2] of (own, own), of (negative image, own text) and of (own image, negative text).
 
-    The first and the last third look at the same images, so their rows stand side by side; results
-    come back in the order above. How long the negative texts are is known on the device alone, so
-    their padding is computed too.
+    The first and the last look at the same images, so their rows stand side by side. How long the
+    negative texts are is known on the device alone, so their padding is computed too.
+
+    Args:
+        model: the stage-1 model.
+        image: keys and values of the own images; None: they are projected here.
+        others: those of `source`; None: they are projected here.
+        image_embeds: [B, P, Dv] of the own images.
+        source: [S, P, Dv] images among which the negative ones are.
+        position: int64 [B], the negative images' rows of `source`.
+        batch: see `stage1_step`.
+        text_all: token ids and masks [N, T_max] of all ranks.
+        neg_text_idx: int64 [B], the negative texts' rows of them.
+        rows: b of the B samples.
     """
-    T, B = batch["text_length"], len(batch["input_ids"])
-    own = _trimmed(batch["text_index"], batch)
+    T, b = batch["text_length"], rows.stop - rows.start
+    own = _text_index(batch, rows)
     pair = own // T * (2 * T) + own % T  # in rows (image 0: own, negative; image 1: own, ...)
-    padded = torch.arange(B * T, device=own.device)
-    slots = torch.cat([pair, padded // T * (2 * T) + T + padded % T, 2 * B * T + own])
+    padded = torch.arange(b * T, device=own.device)
+    slots = torch.cat([pair, padded // T * (2 * T) + T + padded % T, 2 * b * T + own])
 
-    def rows(own: Tensor, everyone: Tensor) -> Tensor:
-        own, negative = own[:, :T], everyone[out["neg_text_idx"], :T]
+    def texts(own: Tensor, everyone: Tensor) -> Tensor:
+        own, negative = own[rows, :T], everyone[neg_text_idx[rows], :T]
         return torch.cat([torch.stack([own, negative], dim=1).flatten(0, 1), own])
 
+    project, place = model.qformer.project_image, position[rows]
+    negative: tuple[ImageKV, int | Tensor]
+    negative = (others, place) if others is not None else (project(source[place]), 1)
     ids, mask = text_all
     logits = model.match(
-        images,
-        rows(batch["input_ids"], ids),
-        rows(batch["attention_mask"], mask),
+        [(image if image is not None else project(image_embeds[rows]), 2), negative],
+        texts(batch["input_ids"], ids),
+        texts(batch["attention_mask"], mask),
         slots,
     )
-    pairs, negative = logits[: 2 * B].unflatten(0, (B, 2)), logits[2 * B :]
-    logits = torch.cat([pairs[:, 0], negative, pairs[:, 1]])
-    labels = torch.zeros(3 * B, dtype=torch.long, device=logits.device)
-    labels[:B] = 1
-    valid = out["has_negative"].to(logits.dtype)
+    pairs = logits[: 2 * b].unflatten(0, (b, 2))
+    return pairs[:, 0], logits[2 * b :], pairs[:, 1]
+
+
+def _matching_loss(pairs: Results, has_negative: Tensor) -> dict[str, Tensor]:
+    """Summed loss of what `_match` gives: B pairs that match, then 2 B that do not."""
+    logits = torch.cat(pairs)
+    labels = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
+    labels[: len(has_negative)] = 1
+    valid = has_negative.to(logits.dtype)
     row_weight = torch.cat([torch.ones_like(valid), valid, valid])
     return {
         "itm_logits": logits,

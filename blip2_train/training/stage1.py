@@ -54,9 +54,13 @@ class Stage1Module(StageModule):
 
     def step(self, batch: dict[str, Any], step: int, part: int, world: World) -> dict[str, Tensor]:
         """Losses of one contrastive batch."""
-        image_embeds = self.model.vision(batch["image"])
+        parts = self.batch.parts if "tokens" in batch else 1  # a rehearsal is too small
+        images = batch["image"].chunk(parts)
+        image_embeds = torch.cat([self.model.vision(image) for image in images])
         uniform = draw_uniform(self.seed, step, part, len(batch["image_id"]), world)
-        return stage1_step(self.model, image_embeds, batch, self.loss, uniform=uniform, world=world)
+        return stage1_step(
+            self.model, image_embeds, batch, self.loss, uniform=uniform, world=world, parts=parts
+        )
 
     def after_step(self) -> None:
         """Keeps the temperature in its range."""
@@ -165,7 +169,7 @@ class Stage1(BertTextStage):
         return LossConfig(
             weights=settings["weights"],
             normalise=settings["normalise"],
-            itc=ItcConfig(**settings["itc"]),
+            itc=ItcConfig(settings["itc"]["smoothing"], settings["itc"]["gradient"]),
             lm=LmConfig(**settings["lm"]),
         )
 

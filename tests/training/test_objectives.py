@@ -7,6 +7,7 @@ one shared id, and losses turned off work; the chunked captioning loss equals th
 in a step waits for the device.
 """
 
+import functools
 from typing import Any
 
 import pytest
@@ -17,13 +18,14 @@ from torch import Tensor, nn
 
 from blip2_train.distributed import World, current_world
 from blip2_train.models import cross_entropy
-from blip2_train.models.counting import HostReads
+from blip2_train.models.counting import HostReads, saved_bytes
 from blip2_train.training.objectives import LossConfig, draw_uniform, stage1_step
 
 N = 12  # global batch: divisible by 1, 2 and 3
 IDS = {"distinct": None, "shared": [0, 1, 2, 0, 4, 4, 6, 7, 0, 9, 10, 1]}
 CASES = [
-    (ids, gradient, dtype)
+    (ids, gradient, dtype, parts)
+    for parts in (1, 2)
     for ids in IDS
     for gradient in ("reference", "full")
     for dtype in (torch.float64, torch.float32)
@@ -46,7 +48,7 @@ def all_cases() -> list[dict[str, Any]]:
     world = current_world()
     size = N // world.size
     results = []
-    for ids, gradient, dtype in CASES:
+    for ids, gradient, dtype, parts in CASES:
         batch = rows_of(tiny_batch(N, ids=IDS[ids]), slice(world.rank * size, None))
         batch = rows_of(batch, slice(0, size))
         model = tiny_model().to(dtype)
@@ -58,6 +60,7 @@ def all_cases() -> list[dict[str, Any]]:
             batch=batch,
             uniform=draw_uniform(3, 5, 0, size, world),
             world=world,
+            parts=parts,
         )
         out["loss"].backward()
         results.append(
@@ -70,22 +73,23 @@ def all_cases() -> list[dict[str, Any]]:
     return results
 
 
-@pytest.mark.parametrize("size", [2, 3])
-def test_the_number_of_processes_changes_nothing(size: int) -> None:
-    alone = all_cases()
-    ranks = run_ranks(all_cases, size)
-    for number, (ids, gradient, dtype) in enumerate(CASES):
-        case = f"{ids} ids, {gradient} gradient, {dtype}"
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_neither_processes_nor_parts_change_anything(size: int) -> None:
+    whole = all_cases()
+    ranks = run_ranks(all_cases, size) if size > 1 else [whole]
+    for number, (ids, gradient, dtype, parts) in enumerate(CASES):
+        case = f"{ids} ids, {gradient} gradient, {dtype}, {parts} parts"
+        alone = whole[CASES.index((ids, gradient, dtype, 1))]
         tolerance = 1e-9 if dtype == torch.float64 else 1e-5
-        parts = [rank[number] for rank in ranks]
-        drawn = torch.cat([part["negatives"] for part in parts], dim=1)
-        assert drawn.equal(alone[number]["negatives"]), case
-        for name, value in alone[number]["losses"].items():
-            mean = sum(part["losses"][name] for part in parts) / size
+        results = [rank[number] for rank in ranks]
+        drawn = torch.cat([result["negatives"] for result in results], dim=1)
+        assert drawn.equal(alone["negatives"]), case
+        for name, value in alone["losses"].items():
+            mean = sum(result["losses"][name] for result in results) / size
             assert mean == pytest.approx(value, abs=tolerance), f"{name}: {case}"
-        for name, gradient_alone in alone[number]["gradients"].items():
+        for name, gradient_alone in alone["gradients"].items():
             scale = max(1.0, gradient_alone.abs().max().item())
-            gap = (parts[0]["gradients"][name] - gradient_alone).abs().max().item()
+            gap = (results[0]["gradients"][name] - gradient_alone).abs().max().item()
             assert gap <= tolerance * scale, f"gradient of {name}: {case}: {gap:.1e}"
 
 
@@ -113,6 +117,35 @@ def test_checkpointing_changes_nothing() -> None:
     assert gradients.keys() == again.keys()
     for name, gradient in gradients.items():
         torch.testing.assert_close(gradient, again[name], atol=1e-12, rtol=1e-10, msg=name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("weights", [{}, {"itc": 0.0}, {"itm": 0.0}, {"itc": 0.0, "lm": 0.0}])
+def test_four_parts_of_16_are_one_of_64(weights: dict[str, float], dtype: torch.dtype) -> None:
+    """GradCache: what a part holds is all that is in memory, and the numbers stay the same."""
+    batch = tiny_batch(64, seed=1)
+    batch["image_embeds"] = batch["image_embeds"].to(dtype)
+    config, held = loss_config("full", **weights), []
+    results = []
+    for parts in (1, 4):
+        model = tiny_model().to(dtype)
+        results.append(run_one(batch, config, model=model, parts=parts))
+        uniform = torch.rand(2, 64, dtype=torch.float64)
+        step = functools.partial(
+            stage1_step, model, batch["image_embeds"], batch, config, uniform=uniform
+        )
+        held.append(saved_bytes(functools.partial(step, parts=parts), model.parameters()))
+    (whole, gradients), (cached, again) = results
+    tolerance = 1e-10 if dtype == torch.float64 else 1e-5
+    if "neg_image_idx" in whole:
+        assert whole["neg_image_idx"].equal(cached["neg_image_idx"])
+    for name in (n for n in whole if n.startswith("loss")):
+        assert whole[name].item() == pytest.approx(cached[name].item(), abs=tolerance), name
+    assert gradients.keys() == again.keys()
+    for name, gradient in gradients.items():
+        scale = max(1.0, gradient.abs().max().item())
+        assert (gradient - again[name]).abs().max() <= tolerance * scale, name
+    assert held[1] < 0.5 * held[0]
 
 
 def test_dropout_matters_in_that_comparison() -> None:

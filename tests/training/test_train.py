@@ -417,3 +417,21 @@ def test_a_missing_shard_is_found_before_training(
     (folder / "train-000001.tar").unlink()
     assert train_in_process(tiny_run(folder, tmp_path, "run")) == 2
     assert "'train-000001.tar' is missing" in capsys.readouterr().err
+
+
+def test_parts_of_a_cached_batch_are_one_batch(shards: Path, tmp_path: Path) -> None:
+    changes: dict[str, Any] = {
+        "trainer.precision": "64-true", "qformer.dropout": 0, "trainer.max_steps": 4,
+        "validation.every": "null",
+    }  # fmt: skip
+    assert train_in_process(tiny_run(shards, tmp_path, "whole", **changes)) == 0
+    changes |= {"batch.accumulate": 3, "loss.itc.cache": True}
+    said = train(tiny_run(shards, tmp_path, "parts", **changes), 2)
+    assert "batch 12 = 3 part(s) of 4 = 2 x 2 device(s) each; contrast compares 12" in said
+    whole, parts = (last_checkpoint(tmp_path / name)["model"] for name in ("whole", "parts"))
+    assert whole.keys() == parts.keys()
+    for name, weight in whole.items():
+        torch.testing.assert_close(parts[name], weight, atol=1e-8, rtol=1e-8, msg=name)
+    ours, theirs = rows(tmp_path / "parts"), rows(tmp_path / "whole")
+    for one, two in zip(ours, theirs, strict=True):
+        assert float(one["train/loss"]) == pytest.approx(float(two["train/loss"]), abs=1e-9)
