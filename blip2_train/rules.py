@@ -109,6 +109,7 @@ NULLABLE = (
     "optimizer.grad_clip",
     "schedule.steps_per_epoch",
     "text.vocab_size",
+    "trainer.compile",
     "trainer.devices",
     "validation.every",
     "validation.max_images",
@@ -137,6 +138,7 @@ SWITCHES = (
     "image_encoder.gradient_checkpointing",
     "model.keep_text",
     "loss.itc.cache",
+    "trainer.compile",
 )
 # Groups whose classes have defaults, and check what else they are given themselves.
 GROUPS = (

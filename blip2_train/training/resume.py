@@ -30,6 +30,7 @@ RESUME_FREE = (
     "image_encoder.gradient_checkpointing",
     "text.bucket",
     "trainer.accelerator",
+    "trainer.compile",
     "trainer.devices",
     "trainer.log_every",
     "trainer.max_consecutive_skips",

@@ -29,6 +29,8 @@ def test_four_configurations(cluster: Cluster, shards: Path, tmp_path: Path) -> 
     first = subprocess.Popen(
         [*words, "hydra.launcher.array_parallelism=1"], env=cluster.env, cwd=tmp_path, text=True,
         start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        # ignored if a shell started us with &
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     end = time.monotonic() + 150
     while not any(io.steps(path) for path in sweep.glob("*/checkpoints")):
