@@ -164,7 +164,10 @@ def value_problems(cfg: Mapping[str, Any]) -> list[str]:
         if not isinstance(value, str) or not (value or may_be_empty):
             problems.append(f"{key}={value} must be text")
     for key in SWITCHES:
-        if not absent(key) and not isinstance(value := at(cfg, key), bool):
+        value = at(cfg, key)
+        if absent(key) or (value is None and key in NULLABLE):
+            continue
+        if not isinstance(value, bool):
             problems.append(f"{key}={value} must be true or false")
     for key, least in COUNTS.items():
         value = at(cfg, key)

@@ -32,6 +32,7 @@ from blip2_train.errors import UserError
 from blip2_train.models.counting import HostReads, saved_bytes
 from blip2_train.models.stage1 import Blip2Stage1
 from blip2_train.train import compose
+from blip2_train.training.compiling import compile_blocks, wants_compilation
 from blip2_train.training.monitor import matmul_ceiling
 from blip2_train.training.objectives import LossConfig, draw_uniform, stage1_step
 from blip2_train.training.optimizer import parameter_groups
@@ -142,6 +143,8 @@ class Bench:
         self.cfg, self.batch, self.device = cfg, batch, device
         self.stage = Stage1(cfg)
         self.model: Blip2Stage1 = self.stage.build_model(shapes_only=True).to(device).train()
+        if wants_compilation(cfg["trainer"], cuda=device.type == "cuda"):
+            compile_blocks(self.model)
         self.loss = LossConfig({"itc": 1.0, "itm": 1.0, "lm": 1.0})
         settings = cfg["optimizer"]
         adamw = functools.partial(
@@ -199,8 +202,10 @@ class Bench:
         return {**moved, "text_length": text_length}
 
     def features(self, side: str, batch: dict[str, Any]) -> Tensor:
-        """The frozen tower's; the reference's multiplies attention out."""
-        with explicit_attention(self.model.vision) if side == TEXTBOOK else _nothing():
+        """The frozen tower's; the reference's multiplies attention out and compiles nothing."""
+        if side == OURS:
+            return self.model.vision(batch["image"])
+        with explicit_attention(self.model.vision), torch.compiler.set_stance("force_eager"):
             return self.model.vision(batch["image"])
 
     def losses(self, side: str, features: Tensor, batch: dict[str, Any]) -> dict[str, Tensor]:
@@ -307,12 +312,12 @@ class Bench:
         """Floating-point operations of one sample, without what is computed twice."""
         batch = self.made_up(COUNTED, seed=0)
         counts = {}
-        with FlopCounterMode(display=False) as counter:
+        with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
             features = self.features(side, batch)
         counts["tower"] = counter.get_total_flops() / COUNTED
         head = self.model.qformer.lm_head
         head.gradient_checkpointing = False
-        with FlopCounterMode(display=False) as counter:
+        with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
             self.losses(side, features, batch)["loss"].backward()
         head.gradient_checkpointing = True
         counts["qformer"] = counter.get_total_flops() / COUNTED
@@ -374,9 +379,6 @@ def explicit_attention(tower: torch.nn.Module) -> Iterator[None]:
     yield
     for module in fused:
         module.fused_attn = True  # type: ignore[assignment]
-
-
-_nothing = contextlib.nullcontext
 
 
 def _ratios(sides: dict[str, dict[str, Any]]) -> dict[str, float]:

@@ -1,7 +1,8 @@
 """`trainer.compile`: the blocks that a model repeats, compiled by torch, each kind once."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -10,6 +11,11 @@ log = logging.getLogger(__name__)
 
 # A block meets several passes, with and without gradient, and shapes until they count as variable.
 VARIANTS = 64
+
+
+def wants_compilation(trainer: Mapping[str, Any], *, cuda: bool) -> bool:
+    """What `trainer.compile` says: null is yes on GPUs alone."""
+    return cuda if trainer["compile"] is None else trainer["compile"]
 
 
 def compile_blocks(model: nn.Module) -> None:

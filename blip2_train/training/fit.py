@@ -26,7 +26,7 @@ from blip2_train.signals import Stopped
 from blip2_train.training.build import log_parameters, run_folder
 from blip2_train.training.checkpointing import Checkpointing, RunState, load_trained
 from blip2_train.training.clip import ClipStage
-from blip2_train.training.compiling import compile_blocks
+from blip2_train.training.compiling import compile_blocks, wants_compilation
 from blip2_train.training.devices import (
     check_devices,
     cluster_environment,
@@ -165,8 +165,7 @@ def _train(
     check_frozen(frozen, resume, path)
     state.frozen |= frozen
     module = build_module(cfg, stage, model, batch, resume, path)
-    compiled = cfg["trainer"]["compile"]
-    if cuda if compiled is None else compiled:
+    if wants_compilation(cfg["trainer"], cuda=cuda):
         compile_blocks(model)
     image_size = stage.image_size(model)
     stream = train_stream(cfg, batch, sources, stage.collate(), world, state.drawn, image_size)
