@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def run_stage1(args: argparse.Namespace) -> list[dict[str, Any]]:
     """A step of stage 1, see `benchmarks/stage1.py`."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler reports that there is no GPU
     import torch
 
     from blip2_train.benchmarks.stage1 import run

@@ -144,7 +144,7 @@ def batch_plan(cfg: Mapping[str, Any], world_size: int) -> BatchPlan:
     Raises:
         UserError: see `plan_batch`.
     """
-    cache = cfg["stage"] == "stage1" and cfg["loss"]["itc"]["cache"]
+    cache = cfg["stage"] == "stage1" and cfg["loss"]["itc"].get("cache", False)
     return plan_batch(cfg["batch"]["size"], cfg["batch"]["accumulate"], world_size, cache=cache)
 
 

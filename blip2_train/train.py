@@ -327,7 +327,10 @@ def _hydra_main(cfg: DictConfig) -> Any:
     """Help, `--cfg job` and sweeps are Hydra's."""
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         with signals.caught():
-            return _train_one(cfg)
+            _train_one(cfg)
+            if number := signals.received():  # after an error it was only noted
+                raise signals.Stopped(number)
+            return None
     return str(train(cfg))
 
 

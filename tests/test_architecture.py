@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "signals": set(),
     "slurm": {"signals"},
     "config": {"errors", "rules"},
-    "models": {"errors"},
+    "models": {"errors", "losses"},
     "data": {"errors", "seeding", "distributed"},
     "checkpoint": {"errors", "models"},
     "evaluation": {"errors", "distributed", "models", "losses", "data"},

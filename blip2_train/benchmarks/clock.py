@@ -10,7 +10,7 @@ import torch
 
 
 class Clock:
-    """Seconds between marks, of many steps; a GPU is read once per step and never waited for.
+    """Seconds between marks, of many steps; a GPU is waited for at the end of a step alone.
 
     Args:
         device: that computes. On a CPU its time is measured as well as the wall's.

@@ -23,7 +23,7 @@ def attend(
     Args:
         heads: makes queries [R, H, L, Dh], keys and values [R, H, K, Dh] of `sources`, by copying
             alone: padding, gathering, joining. The copies are not kept for the backward pass but
-            made again there. A compiler does that by itself.
+            made again there; compiled, as `training.compiling` says.
         sources: what `heads` takes.
         mask: bool, True = visible, broadcastable to [R, H, L, K]; None: everything is visible.
         dropout: acts on the weights while training.

@@ -13,7 +13,7 @@ from blip2_train.models.attention import attend, join_heads, split_heads
 from blip2_train.models.linear import Linear, gelu_linear, linear
 from blip2_train.models.rows import Group, leading
 
-# Keys and values of one attention, each [rows, H, positions, Dh].
+# Keys and values: [R, H, L, Dh] of rows, or [n, D] of a pass's flat matrix where it says so.
 KeyValue = tuple[Tensor, Tensor]
 
 
@@ -198,7 +198,7 @@ class FeedForward(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """[R, L, D] -> [R, L, D]."""
+        """[n, D] -> [n, D]."""
         return self.norm(self.dropout(gelu_linear(self.inner(hidden), self.output)) + hidden)
 
 

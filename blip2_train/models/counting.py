@@ -30,7 +30,10 @@ def saved_bytes(loss: Callable[[], Any], parameters: Iterable[Tensor]) -> int:
 
 
 class HostReads(TorchDispatchMode):
-    """Notes, on any device, the operations for which the host would wait for a GPU.
+    """Notes, on any device, operations for which the host would wait for a GPU.
+
+    Those that read a value (`.item()`) and those whose result's size depends on values
+    (`nonzero`); not copies to the host.
 
     Attributes:
         names: of the operations, in order.

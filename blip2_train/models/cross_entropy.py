@@ -6,7 +6,6 @@ Shapes: M positions that have a target, D width, V vocabulary.
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -35,17 +34,10 @@ def linear_cross_entropy_sum(
         Scalar, nats.
     """
     if torch.is_autocast_enabled(states.device.type):
-        dtype = torch.get_autocast_dtype(states.device.type)
-        states, weight, bias = states.to(dtype), weight.to(dtype), bias.to(dtype)
+        states = states.to(torch.get_autocast_dtype(states.device.type))
     with torch.autocast(states.device.type, enabled=False):
         total: Tensor = _LinearCrossEntropy.apply(states, weight, bias, targets, smoothing)
         return total
-
-
-def cross_entropy_sum(logits: Tensor, targets: Tensor, smoothing: float) -> Tensor:
-    """The same of logits [M, V]."""
-    with torch.autocast(logits.device.type, enabled=False):
-        return F.cross_entropy(_widen(logits), targets, label_smoothing=smoothing, reduction="sum")
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -55,9 +47,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, states: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, smoothing: float
     ) -> Tensor:
+        table = weight.to(states.dtype)
         normalisers, total = [], torch.zeros((), dtype=_wide(states), device=states.device)
         for part, wanted in zip(states.split(CHUNK), targets.split(CHUNK), strict=True):
-            logits = _widen(product(part, weight, bias))
+            logits = _widen(product(part, table, bias.to(table.dtype)))
             normalisers.append(logits.logsumexp(dim=1))
             right = logits.gather(1, wanted[:, None]).sum()
             total = total + normalisers[-1].sum() - (1 - smoothing) * right
@@ -71,16 +64,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         states, weight, bias, targets, normalisers = ctx.saved_tensors
+        table = weight.to(states.dtype)
         of_states, of_weight, of_bias = [], torch.zeros_like(weight), torch.zeros_like(bias)
         parts = (x.split(CHUNK) for x in (states, targets, normalisers))
         for part, wanted, normaliser in zip(*parts, strict=True):
-            logits = _widen(product(part, weight, bias))
+            logits = _widen(product(part, table, bias.to(table.dtype)))
             of_logits = logits.sub_(normaliser[:, None]).exp_()  # the softmax
             of_logits.sub_(ctx.smoothing / len(weight))
             right = torch.full_like(normaliser, ctx.smoothing - 1)
             of_logits.scatter_add_(1, wanted[:, None], right[:, None])
             of_logits = of_logits.mul_(grad).to(states.dtype)
-            of_states.append(product(of_logits, weight.T))
+            of_states.append(product(of_logits, table.T))
             of_weight += product(of_logits.T, part.T)
             of_bias += of_logits.sum(dim=0)
         return torch.cat(of_states), of_weight, of_bias, None, None

@@ -37,7 +37,7 @@ def gelu_linear(x: Tensor, layer: nn.Linear) -> Tensor:
     """`layer(F.gelu(x))`, with x kept for the backward pass and not its gelu too.
 
     The gelu is taken once more there, which costs what reading it would; it is a third of what a
-    feed-forward keeps. A compiler does that by itself.
+    feed-forward keeps. Compiled, it is kept or not as `training.compiling` says.
 
     Args:
         x: [..., I].
@@ -48,23 +48,21 @@ def gelu_linear(x: Tensor, layer: nn.Linear) -> Tensor:
     """
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return layer(F.gelu(x))
-    weight: Tensor = layer.weight
-    bias: Tensor = layer.bias
     if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight, bias = x.to(dtype), weight.to(dtype), bias.to(dtype)
-    out: Tensor = _Linear.apply(x.reshape(-1, x.shape[-1]), weight, bias, True)
-    return out.view(*x.shape[:-1], len(weight))
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    out: Tensor = _Linear.apply(x.reshape(-1, x.shape[-1]), layer.weight, layer.bias, True)
+    return out.view(*x.shape[:-1], layer.out_features)
 
 
 class _Linear(torch.autograd.Function):
-    """Of x [n, I], or of its gelu."""
+    """Of x [n, I], or of its gelu, in the precision of x; weights may have another."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.gelu = gelu
-        return product(F.gelu(x) if gelu else x, weight, bias)
+        bias = None if bias is None else bias.to(x.dtype)
+        return product(F.gelu(x) if gelu else x, weight.to(x.dtype), bias)
 
     @staticmethod
     @once_differentiable
@@ -72,13 +70,13 @@ class _Linear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         of_x = of_weight = of_bias = None
         if ctx.needs_input_grad[0]:
-            of_x = product(grad, weight.T)
+            of_x = product(grad, weight.to(grad.dtype).T)
             if ctx.gelu:
                 of_x = torch.ops.aten.gelu_backward(of_x, x)
         if ctx.needs_input_grad[1]:
-            of_weight = product(grad.T, (F.gelu(x) if ctx.gelu else x).T)
+            of_weight = product(grad.T, (F.gelu(x) if ctx.gelu else x).T).to(weight.dtype)
         if ctx.needs_input_grad[2]:
-            of_bias = grad.sum(dim=0)
+            of_bias = grad.sum(dim=0).to(weight.dtype)
         return of_x, of_weight, of_bias, None
 
 

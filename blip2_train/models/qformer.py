@@ -22,9 +22,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from blip2_train.losses import lm_loss_sum
 from blip2_train.models.attention import split_heads
 from blip2_train.models.blocks import CrossAttention, KeyValue, QFormerLayer, layer_norm
-from blip2_train.models.cross_entropy import cross_entropy_sum, linear_cross_entropy_sum
+from blip2_train.models.cross_entropy import linear_cross_entropy_sum
 from blip2_train.models.linear import Linear, linear
 from blip2_train.models.rows import Group, Span, causal_mask
 
@@ -353,7 +354,7 @@ class LMHead(nn.Module):
     ) -> Tensor:
         """Cross-entropy of [M, D] against int64 [M], summed: see `linear_cross_entropy_sum`."""
         if not self.gradient_checkpointing:
-            return cross_entropy_sum(self(hidden, word_embeddings), targets, smoothing)
+            return lm_loss_sum(self(hidden, word_embeddings), targets, smoothing)
         return linear_cross_entropy_sum(
             self.states(hidden), word_embeddings, self.bias, targets, smoothing
         )

@@ -56,8 +56,8 @@ class Group:
         mask: bool, True = visible, broadcastable to [R, H, L, keys]; None: all is visible.
         sees_queries: keys and values of the first group, or of one before this pass, stand in front
             of this one's.
-        read: how many leading positions of each row are read after the last block, which computes
-            no others; None: all.
+        read: how many leading positions of each row, within the first span, are read after the last
+            block, which computes no others; None: all. Of queries: all or 0.
     """
 
     spans: tuple[Span, ...]
@@ -93,8 +93,7 @@ def leading(flat: Tensor, groups: list[Group]) -> tuple[Tensor, list[Group]]:
             parts.append(flat.narrow(0, first.start, sum(span.count for span in spans)))
         else:
             spans = [Span(start, first.rows, group.read)]
-            rows = first.pad(flat) if group.read <= first.width else group.rows(flat)
-            parts.append(rows[:, : group.read].flatten(0, 1))
+            parts.append(first.pad(flat)[:, : group.read].flatten(0, 1))
         kept.append(replace(group, spans=tuple(spans)))
         start += len(parts[-1])
     return torch.cat(parts) if len(parts) > 1 else parts[0], kept

@@ -203,7 +203,8 @@ class Blip2Stage1(nn.Module):
             repetition_penalty=repetition_penalty,
             num_captions=num_captions,
         )
-        return search(self._next_logits, self.encode_image(image).query_kv, config)
+        with torch.compiler.set_stance("force_eager"):  # every length would be another shape
+            return search(self._next_logits, self.encode_image(image).query_kv, config)
 
     def _next_logits(self, input_ids: Tensor, query_kv: list[KeyValue]) -> Tensor:
         """[R, T] ids -> [R, V] logits of the token after them."""

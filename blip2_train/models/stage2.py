@@ -142,7 +142,9 @@ class Blip2Stage2(nn.Module):
         # padding goes to the other end, so that none stands between queries and prompt.
         order = mask.argsort(dim=1, stable=True, descending=self.language_model.is_encoder_decoder)
         embeds = embeds.take_along_dim(order[..., None], dim=1)
-        return self.language_model.generate(embeds, mask.take_along_dim(order, dim=1), **settings)
+        mask = mask.take_along_dim(order, dim=1)
+        with torch.compiler.set_stance("force_eager"):  # a cache makes every block another one
+            return self.language_model.generate(embeds, mask, **settings)
 
     def _behind(self, soft: Tensor, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Queries, then text: embeddings [B, Q + T, Dl] and mask [B, Q + T]."""

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+import torch._functorch.config
 from torch import nn
 
 log = logging.getLogger(__name__)
@@ -25,6 +26,9 @@ def compile_blocks(model: nn.Module) -> None:
     stands between them (collectives, sampling) stays plain.
     """
     torch._dynamo.config.recompile_limit = VARIANTS
+    # it may make again what a product or an attention reads in the backward pass (see
+    # `models.linear` and `models.attention`)
+    torch._functorch.config.ban_recompute_materialized_backward = False
     blocks = list(repeated_blocks(model))
     for block in blocks:
         block.compile()

@@ -114,8 +114,8 @@ def check_locality(locality: int, contrastive: int, launch: Launch) -> None:
     """
     if contrastive % locality:
         raise UserError(
-            f"batch.size / batch.accumulate = {contrastive} is not divisible by "
-            f"data.locality={locality}; change one of them"
+            f"the contrastive batch of {contrastive} samples (see batch.accumulate) is not "
+            f"divisible by data.locality={locality}; change one of them"
         )
     nodes = launch.world_size // launch.local_world_size
     if locality > 1 and locality % nodes:

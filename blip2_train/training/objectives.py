@@ -129,7 +129,7 @@ def stage1_step(
     if on != ("itm",):
         with record_function("queries, text, captions"):
             encode = functools.partial(_encode, model, image, image_embeds, batch, on)
-            image_feats, text_feat, caption = _in_parts(encode, B, parts)
+            image_feats, text_feat, caption = _in_parts(encode, image_embeds, parts)
     out = {"positive": losses.same_id(batch["image_id"], image_id_all)}
     if image_feats is not None and text_feat is not None:
         with record_function("contrast"):
@@ -157,7 +157,7 @@ def stage1_step(
                 _match, model, image, others, image_embeds, source, position,
                 batch, text_all, out["neg_text_idx"],
             )  # fmt: skip
-            out |= _matching_loss(_in_parts(match, B, parts), out["has_negative"])
+            out |= _matching_loss(_in_parts(match, image_embeds, parts), out["has_negative"])
 
     _normalise(out, on, config.normalise, world)
     out["loss"] = torch.stack([config.weights[name] * out[f"loss_{name}"] for name in on]).sum()
@@ -231,16 +231,22 @@ def _negatives(
     }
 
 
-def _in_parts(function: Callable[[slice], Results], samples: int, parts: int) -> Results:
-    """What a function of some of the samples gives for all of them.
+def _in_parts(function: Callable[[slice], Results], image_embeds: Tensor, parts: int) -> Results:
+    """What a function of some of the samples [B, ...] gives for all of them.
 
     Of more than one part nothing is kept but the results.
     """
+    samples = len(image_embeds)
     if parts == 1:
         return function(slice(0, samples))
+
+    def on_device(rows: slice, _: Tensor) -> Results:
+        return function(rows)
+
     size = samples // parts
     rows = [slice(start, start + size) for start in range(0, samples, size)]
-    results = [checkpoint(function, part, use_reentrant=False) for part in rows]
+    # the tensor tells the checkpoint on which device dropout must be the same again
+    results = [checkpoint(on_device, part, image_embeds, use_reentrant=False) for part in rows]
     return tuple(
         None if any(x is None for x in column) else torch.cat(column)
         for column in zip(*results, strict=True)

@@ -5,6 +5,7 @@ they compute; after a few batches new lengths of text need no new compilation; t
 tower and language model are found; a whole run compiled is the plain one (slow).
 """
 
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from torch._dynamo.utils import counters
 from whole_runs import rows
 
 from blip2_train.distributed import World
+from blip2_train.models.counting import saved_bytes
 from blip2_train.models.qformer import QFormer
 from blip2_train.training.compiling import VARIANTS, compile_blocks, repeated_blocks
 from blip2_train.training.objectives import draw_uniform, stage1_step
@@ -57,6 +59,23 @@ def test_nothing_breaks_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
             torch.testing.assert_close(one, two, atol=1e-10, rtol=1e-10)
         graphs.append(counters["stats"]["unique_graphs"])
     assert graphs[0] > 0 and graphs[-1] == graphs[2] <= 12
+
+
+def test_a_compiled_block_keeps_no_more() -> None:
+    batch, kept = tiny_batch(8), []
+    for compiled in (False, True):
+        model = tiny_model(num_layers=2, intermediate_size=64)
+        if compiled:
+            compile_blocks(model)
+            for block in model.qformer.layers:  # the partition is inductor's, its kernels are not
+                block.compile(backend="aot_eager_decomp_partition")
+        run = functools.partial(
+            stage1_step, model, batch["image_embeds"].float(), batch, loss_config(),
+            uniform=draw_uniform(0, 0, 0, 8, World()),
+        )  # fmt: skip
+        run()["loss"].backward()
+        kept.append(saved_bytes(run, model.parameters()))
+    assert kept[1] < 1.1 * kept[0]
 
 
 def test_blocks_are_found() -> None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from blip2_train.distributed import World, current_world
 from blip2_train.models import cross_entropy
 from blip2_train.models.counting import HostReads, saved_bytes
+from blip2_train.training import objectives
 from blip2_train.training.objectives import LossConfig, draw_uniform, stage1_step
 
 N = 12  # global batch: divisible by 1, 2 and 3
@@ -146,6 +147,25 @@ def test_four_parts_of_16_are_one_of_64(weights: dict[str, float], dtype: torch.
         scale = max(1.0, gradient.abs().max().item())
         assert (gradient - again[name]).abs().max() <= tolerance * scale, name
     assert held[1] < 0.5 * held[0]
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_parts_are_computed_again_with_the_same_dropout(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = {
+        k: v.to(device) if isinstance(v, Tensor) else v for k, v in tiny_batch(6, seed=1).items()
+    }
+    results = []
+    for again in (True, False):
+        if not again:  # nothing is computed twice
+            monkeypatch.setattr(objectives, "checkpoint", lambda f, *args, **_: f(*args))
+        model = tiny_model(dropout=0.3).double().to(device).train()
+        torch.manual_seed(7)
+        results.append(run_one(batch, loss_config(), model=model, parts=3)[1])
+    assert results[0].keys() == results[1].keys()
+    for name, gradient in results[0].items():
+        torch.testing.assert_close(gradient, results[1][name], atol=1e-12, rtol=1e-10, msg=name)
 
 
 def test_dropout_matters_in_that_comparison() -> None:
