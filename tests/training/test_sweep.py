@@ -1,15 +1,19 @@
 """`blip2-train -m`: a folder per run, one table, and a sweep that goes on."""
 
 import csv
+import os
+import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hydra.core.plugins import Plugins
 from tiny import run_command, tiny_run, train_in_process
 from whole_runs import one_thread
 
-from blip2_train import sweep
+from blip2_train import signals, sweep, train
 from blip2_train.checkpoint import io
+from blip2_train.errors import UserError
 from blip2_train.training.module import StageModule
 
 SHORT = {"validation.every": 4, "trainer.max_steps": 4, "checkpoint.every": 2}
@@ -48,6 +52,23 @@ def test_jobs_are_a_grid() -> None:
         ["experiment=a", "seed=1", "+x=0"], ["experiment=a", "seed=1", "+x=1"],
         ["experiment=a", "seed=2", "+x=0"], ["experiment=a", "seed=2", "+x=1"],
     ]  # fmt: skip
+
+
+def test_a_signal_after_a_failed_run_ends_the_sweep(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started = []
+
+    def fails(cfg: Any, **_: Any) -> None:
+        started.append(cfg.seed)
+        with signals.noted():
+            os.kill(os.getpid(), signal.SIGTERM)
+            raise UserError("the disk is full")
+
+    monkeypatch.setattr(train, "train", fails)
+    with pytest.raises(signals.Stopped) as stopped:
+        train_in_process(["-m", *tiny_run(shards, tmp_path, "tiny", **SHORT), "seed=1,2"])
+    assert stopped.value.code == 128 + signal.SIGTERM and started == [1]
 
 
 def test_two_runs_then_more(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
