@@ -160,9 +160,13 @@ def test_two_processes_under_ddp(oracle: Path, case: str) -> None:
     assert len(losses) == info["world_size"] and all(math.isfinite(x["loss"]) for x in losses)
 
 
-def test_six_optimizer_steps(oracle: Path) -> None:
+# AdamW divides by the root of the second moment: where a gradient is next to nothing, the rounding
+# of float32, another on every processor, moves a weight by a hundredth of the learning rate. Float64
+# shows that the steps are the same.
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 2e-6), (torch.float32, 5e-5)])
+def test_six_optimizer_steps(oracle: Path, dtype: torch.dtype, tolerance: float) -> None:
     info, tensors = load_case(oracle, "stage1_train6")
-    model = build_stage1(info, section(tensors, "weights/"))
+    model = build_stage1(info, section(tensors, "weights/")).to(dtype)
     settings = info["optimizer"]
     groups = parameter_groups(model, weight_decay=settings["weight_decay"])
     optimizer = torch.optim.AdamW(
@@ -175,7 +179,7 @@ def test_six_optimizer_steps(oracle: Path) -> None:
             group["lr"] = step["lr"]
         out = stage1_step(
             model,
-            tensors[f"inputs/{prefix}image_features"],
+            tensors[f"inputs/{prefix}image_features"].to(dtype),
             text_batch(tensors, f"inputs/{prefix}"),
             loss_config(info, "reference", "global"),
             negatives=(outputs["neg_image_idx"], outputs["neg_text_idx"]),
@@ -189,7 +193,7 @@ def test_six_optimizer_steps(oracle: Path) -> None:
     after = section(tensors, "weights_after/")
     for name, parameter in model.named_parameters():
         if not name.endswith(".key.bias"):
-            assert_close(parameter, after[to_lavis_name(name)], 1e-5, name)
+            assert_close(parameter, after[to_lavis_name(name)], tolerance, name)
 
 
 def test_decay_groups(oracle: Path) -> None:
