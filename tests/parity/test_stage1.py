@@ -161,8 +161,8 @@ def test_two_processes_under_ddp(oracle: Path, case: str) -> None:
 
 
 # AdamW divides by the root of the second moment: where a gradient is next to nothing, the rounding
-# of float32, another on every processor, moves a weight by a hundredth of the learning rate. Float64
-# shows that the steps are the same.
+# of float32, another on every processor, moves a weight by a hundredth of the learning rate. In
+# float64 the steps are seen to be the same.
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 2e-6), (torch.float32, 5e-5)])
 def test_six_optimizer_steps(oracle: Path, dtype: torch.dtype, tolerance: float) -> None:
     info, tensors = load_case(oracle, "stage1_train6")
