@@ -17,13 +17,13 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from blip2_train.benchmarks.clock import Clock
 from blip2_train.benchmarks.machine import processor, versions
+from blip2_train.benchmarks.sides import OURS, SIDES, TEXTBOOK, ratios, table
 from blip2_train.benchmarks.textbook import textbook_step
 from blip2_train.config import to_plain
 from blip2_train.data.batch import lm_targets, text_bucket, text_tokens
@@ -38,8 +38,6 @@ from blip2_train.training.objectives import LossConfig, draw_uniform, stage1_ste
 from blip2_train.training.optimizer import parameter_groups
 from blip2_train.training.stage1 import Stage1
 
-OURS, TEXTBOOK = "ours", "textbook"
-SIDES = (OURS, TEXTBOOK)
 CAPTIONS = (8, 26)  # tokens of a caption, drawn uniformly
 COUNTED = 4  # samples whose arithmetic is counted, and whose gradients are compared
 WARM_UP = 2  # rounds that are not measured
@@ -125,8 +123,8 @@ def run(
         sides = bench.measure(rounds)
     record["parts"] = bench.parts()
     record |= {"ours": sides[OURS], "baseline": sides[TEXTBOOK]}
-    record |= _ratios(sides)
-    console.print(_table(record))
+    record |= ratios(sides)
+    console.print(table(record))
     return [record]
 
 
@@ -379,60 +377,3 @@ def explicit_attention(tower: torch.nn.Module) -> Iterator[None]:
     yield
     for module in fused:
         module.fused_attn = True  # type: ignore[assignment]
-
-
-def _ratios(sides: dict[str, dict[str, Any]]) -> dict[str, float]:
-    """Baseline over ours for speed, ours over baseline for memory."""
-    ours, theirs = sides[OURS], sides[TEXTBOOK]
-
-    def speedup(quantity: str) -> float:
-        return ours[quantity] / theirs[quantity]
-
-    ratios = {
-        "speedup": speedup("samples_per_second"),
-        "speedup_from_features": speedup("samples_per_second_from_features"),
-        "memory_ratio": ours["saved_mib"] / theirs["saved_mib"],
-    }
-    if ours["cpu_seconds"]:
-        parts = ("forward", "backward", "optimizer")
-        cpu = [sum(side["cpu_seconds"][part] for part in parts) for side in (theirs, ours)]
-        ratios["cpu_speedup_from_features"] = cpu[0] / cpu[1]
-    return ratios
-
-
-def _table(record: dict[str, Any]) -> Table:
-    shapes, ours, theirs = record["shapes"], record["ours"], record["baseline"]
-    table = Table(
-        title=f"{record['name']}: {shapes['batch']} samples, {record['device']}, "
-        f"{shapes['precision']}",
-        title_justify="left",
-    )
-    for column in ("", OURS, TEXTBOOK, "ratio"):
-        table.add_column(column, justify="right" if column else "left")
-
-    def row(name: str, one: float | None, two: float | None, unit: str = ".3f") -> None:
-        cells = ["-" if value is None else f"{value:{unit}}" for value in (one, two)]
-        ratio = "" if not one or not two else f"{max(one, two) / min(one, two):.2f}"
-        table.add_row(name, *cells, ratio)
-
-    row("samples per second", ours["samples_per_second"], theirs["samples_per_second"], ".1f")
-    from_features = "samples_per_second_from_features"
-    row("  from features", ours[from_features], theirs[from_features], ".1f")
-    for phase, seconds in ours["seconds"].items():
-        row(f"seconds: {phase}", seconds, theirs["seconds"][phase], ".4f")
-    for part, seconds in record["parts"].items():
-        row(f"  forward: {part}", seconds, None, ".4f")
-    for phase, seconds in ours["cpu_seconds"].items():
-        row(f"processor seconds: {phase}", seconds, theirs["cpu_seconds"][phase], ".4f")
-    for part, flops in ours["gflop_per_sample"].items():
-        row(f"GFLOP a sample: {part}", flops, theirs["gflop_per_sample"][part], ".1f")
-    row("share of the matmul ceiling", ours["share_of_ceiling"], theirs["share_of_ceiling"], ".1%")
-    row("kept for backward, MiB", ours["saved_mib"], theirs["saved_mib"], ".0f")
-    row("peak memory, MiB", ours["peak_memory_mib"], theirs["peak_memory_mib"], ".0f")
-    row("waits of the host", ours["host_waits"], theirs["host_waits"], "d")
-    largest = record["largest_difference"]
-    table.caption = (
-        f"{'equal' if record['equal'] else 'DIFFERENT'}: losses differ by {largest['loss']:.1e}, "
-        f"gradients by {largest['gradient']:.1e} of their largest element"
-    )
-    return table

@@ -55,8 +55,8 @@ class Stage1Module(StageModule):
     def step(self, batch: dict[str, Any], step: int, part: int, world: World) -> dict[str, Tensor]:
         """Losses of one contrastive batch."""
         parts = self.batch.parts if "tokens" in batch else 1  # a rehearsal is too small
-        images = batch["image"].chunk(parts)
-        image_embeds = torch.cat([self.model.vision(image) for image in images])
+        embeds = [self.model.vision(image) for image in batch["image"].chunk(parts)]
+        image_embeds = torch.cat(embeds) if parts > 1 else embeds[0]  # cat would copy it
         uniform = draw_uniform(self.seed, step, part, len(batch["image_id"]), world)
         return stage1_step(
             self.model, image_embeds, batch, self.loss, uniform=uniform, world=world, parts=parts

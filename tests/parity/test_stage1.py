@@ -163,8 +163,12 @@ def test_two_processes_under_ddp(oracle: Path, case: str) -> None:
 # AdamW divides by the root of the second moment: where a gradient is next to nothing, the rounding
 # of float32, another on every processor, moves a weight by a hundredth of the learning rate. In
 # float64 the steps are seen to be the same.
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 2e-6), (torch.float32, 5e-5)])
-def test_six_optimizer_steps(oracle: Path, dtype: torch.dtype, tolerance: float) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "tolerance", "exceptions"), [(torch.float64, 2e-6, 0), (torch.float32, 1e-5, 1)]
+)
+def test_six_optimizer_steps(
+    oracle: Path, dtype: torch.dtype, tolerance: float, exceptions: int
+) -> None:
     info, tensors = load_case(oracle, "stage1_train6")
     model = build_stage1(info, section(tensors, "weights/")).to(dtype)
     settings = info["optimizer"]
@@ -190,10 +194,13 @@ def test_six_optimizer_steps(oracle: Path, dtype: torch.dtype, tolerance: float)
         optimizer.zero_grad()
         out["loss"].backward()
         optimizer.step()
-    after = section(tensors, "weights_after/")
+    after, larger = section(tensors, "weights_after/"), 0
     for name, parameter in model.named_parameters():
         if not name.endswith(".key.bias"):
-            assert_close(parameter, after[to_lavis_name(name)], tolerance, name)
+            wanted = after[to_lavis_name(name)]
+            assert_close(parameter, wanted, 2 * tolerance, name)
+            larger += int(((parameter - wanted).abs() > tolerance).sum())
+    assert larger <= exceptions
 
 
 def test_decay_groups(oracle: Path) -> None:
