@@ -226,6 +226,8 @@ def validate(cfg: Mapping[str, Any], world_size: int = 1) -> None:
         at(cfg, "data.mode") != "stream" or len(shares) == 1 or None not in shares.values(),
         "data.sources.*.weight must be numbers with data.mode=stream, where sizes are not known",
     )
+    if at(cfg, "data.features") == "cached":
+        problems += _cache_problems(cfg)
     if at(cfg, "stage") == "clip" and is_number(temp := at(cfg, "model.temp")):
         need(temp >= 0.01, f"model.temp={temp} must be at least 0.01, where clip keeps it")
     if has(cfg, "causal_lm.config"):
@@ -262,6 +264,32 @@ def validate(cfg: Mapping[str, Any], world_size: int = 1) -> None:
             problems.append(str(error))
     if problems:
         raise UserError("; ".join(problems))
+
+
+def _cache_problems(cfg: Mapping[str, Any]) -> list[str]:
+    """What cached features, of one whole image each, cannot be trained with."""
+    wanted: dict[str, Any] = {"data.crop_scale": None, "data.flip": 0, "data.mode": "indexed"}
+    wanted |= {
+        f"data.sources.{name}.randaugment": False
+        for name, source in (at(cfg, "data.sources") or {}).items()
+        if isinstance(source, Mapping)
+    }
+    changes = [
+        f"{key}={'null' if value is None else str(value).lower()}"
+        for key, value in wanted.items()
+        if at(cfg, key) != value
+    ]
+    problems = []
+    if changes:
+        problems.append(
+            "data.features=cached has whole images that nothing changes any more; set "
+            + " ".join(changes)
+        )
+    if at(cfg, "stage") not in ("stage1", "stage2"):
+        problems.append(
+            f"stage={at(cfg, 'stage')} has no frozen image tower: data.features=computed"
+        )
+    return problems
 
 
 def unknown_keys(cfg: DictConfig, keys: list[str]) -> list[str]:

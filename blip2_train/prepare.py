@@ -8,6 +8,7 @@
     blip2-prepare folder ROOT --out OUT                images and captions.csv or .jsonl
     blip2-prepare synthetic --samples N --out OUT      rendered scenes, no data needed
     blip2-prepare index FOLDER                         index WebDataset tars from elsewhere
+    blip2-prepare features FOLDER experiment=NAME      what the frozen tower makes of the images
     blip2-prepare verify FOLDER                        check shards against their index
 
 The same command again goes on where it was killed. OUT/report.json lists all that was skipped.
@@ -16,14 +17,13 @@ The same command again goes on where it was killed. OUT/report.json lists all th
 from __future__ import annotations
 
 import argparse
-import os
 import shlex
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from blip2_train.data.options import add_input_options, add_output_options, add_workers, whole
 from blip2_train.errors import UserError
 
 if TYPE_CHECKING:  # imported where they are used: `--help` should not wait for numpy and PIL
@@ -168,43 +168,49 @@ def index(args: argparse.Namespace, command: str) -> int:
 
 
 def verify(args: argparse.Namespace, command: str) -> int:
-    """Check every shard against the index; exit code 1 if one is bad."""
-    from blip2_train.data.check import verify_folder
+    """Check every shard against the index, and features beside them; exit code 1 if one is bad."""
+    from blip2_train.data.check import verify_features, verify_folder
 
     count, bad = verify_folder(args.folder, args.workers)
-    for message in bad:
+    files, damaged = verify_features(args.folder, args.workers)
+    for message in bad + damaged:
         print(f"bad: {message}", file=sys.stderr)
-    print(f"{count:,} shards in the index of {args.folder}, {len(bad):,} problems")
-    return 1 if bad else 0
+    also = f" and {files:,} files of features" if files else ""
+    print(f"{count:,} shards in the index of {args.folder}{also}, {len(bad + damaged):,} problems")
+    return 1 if bad + damaged else 0
 
 
-def _split_and_path(text: str) -> tuple[str | None, Path]:
-    """Read `[SPLIT=]FILE`; a file whose name has a = in it exists as it is."""
-    split, equals, path = text.partition("=")
-    if not equals or Path(text).exists():
-        return None, Path(text)
-    return split, Path(path)
+def features(args: argparse.Namespace, command: str) -> int:
+    """Write what the frozen tower of a configuration makes of every image."""
+    import logging
 
+    import torch
 
-def _split_list(text: str) -> tuple[str, Path]:
-    split, path = _split_and_path(text)
-    if split is None:
-        raise argparse.ArgumentTypeError(f"{text} should be SPLIT=FILE")
-    return split, path
+    from blip2_train.config import launch, to_plain
+    from blip2_train.train import compose
+    from blip2_train.training.features import write_features
 
-
-def _whole(low: int, high: float = float("inf")) -> Callable[[str], int]:
-    """A command line type: whole numbers in a range."""
-
-    def parse(text: str) -> int:
-        value = int(text)
-        if not low <= value <= high:
-            upper = "" if high == float("inf") else f" and at most {high}"
-            raise argparse.ArgumentTypeError(f"{value} should be at least {low}{upper}")
-        return value
-
-    parse.__name__ = "whole number"  # argparse: "invalid whole number value: 'x'"
-    return parse
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no GPU here; take --device cpu")
+    # torch warns of every enum that torchao registers when it is imported
+    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
+    cfg, started = to_plain(compose(args.overrides)), launch()
+    if "vision" not in cfg:
+        raise UserError(f"stage={cfg['stage']} has no frozen image tower; give another experiment=")
+    cuda = args.device != "cpu" and torch.cuda.is_available()
+    done = write_features(
+        args.folder,
+        cfg["vision"],
+        splits=args.split,
+        store=args.store,
+        batch=args.batch,
+        device=torch.device("cuda", started.local_rank) if cuda else torch.device("cpu"),
+        workers=args.workers,
+        launch=started,
+    )
+    print(done)
+    print("train with data.features=cached data.crop_scale=null data.flip=0")
+    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -216,25 +222,25 @@ def _parser() -> argparse.ArgumentParser:
     for name, text in DATA_SETS.items():
         command = commands.add_parser(name, help=text, description=text)
         command.set_defaults(run=prepare_dataset)
-        _add_input_options(command, name)
+        add_input_options(command, name)
         command.add_argument(
             "--resize",
-            type=_whole(0),
+            type=whole(0),
             default=256,
             metavar="PX",
             help="shorter side of the stored images in pixels; smaller ones stay as they are, "
             "0 keeps all sizes (default: 256)",
         )
-        _add_output_options(command)
+        add_output_options(command)
     text = "rendered scenes with exact captions, for tests and demonstrations"
     command = commands.add_parser("synthetic", help=text, description=text)
     command.set_defaults(run=prepare_synthetic)
     command.add_argument(
-        "--samples", type=_whole(1), default=15_000, metavar="N", help="of train (15000)"
+        "--samples", type=whole(1), default=15_000, metavar="N", help="of train (15000)"
     )
     command.add_argument(
         "--held-out",
-        type=_whole(2),
+        type=whole(2),
         default=500,
         metavar="N",
         help="scenes of novel and of compositional; val has half as many (500)",
@@ -243,98 +249,40 @@ def _parser() -> argparse.ArgumentParser:
         "--objects", type=int, choices=(1, 2), default=1, help="in a scene; 2: with a relation (1)"
     )
     command.add_argument(
-        "--size", type=_whole(16, 4096), default=64, metavar="PX", help="side, pixels (64)"
+        "--size", type=whole(16, 4096), default=64, metavar="PX", help="side, pixels (64)"
     )
     command.add_argument("--seed", type=int, default=0, help="of the scenes (0)")
-    _add_output_options(command)
+    add_output_options(command)
     text = "index WebDataset tars that others wrote, so that training can read them"
     command = commands.add_parser("index", help=text, description=text)
     command.set_defaults(run=index)
     command.add_argument("folder", type=Path, metavar="FOLDER", help="holds the .tar files")
     command.add_argument("--split", help="of all tars (default: from NAME-000000.tar, else train)")
-    _add_workers(command)
+    add_workers(command)
+    text = "compute what the frozen image tower makes of every image, for data.features=cached"
+    command = commands.add_parser("features", help=text, description=text)
+    command.set_defaults(run=features)
+    command.add_argument("folder", type=Path, metavar="FOLDER", help="holds index.json")
+    command.add_argument(
+        "overrides", nargs="+", metavar="key=value",
+        help="as of blip2-train, experiment=NAME and all that is said of vision",
+    )  # fmt: skip
+    command.add_argument("--split", nargs="+", default=[], help="whose images (default: all)")
+    command.add_argument(
+        "--store", choices=("float32", "bfloat16", "float8"),
+        help="kept as (default: the tower's own; float8: e4m3 with a scale for each token)",
+    )  # fmt: skip
+    command.add_argument(
+        "--batch", type=whole(1), default=128, metavar="N", help="images at a time (128)"
+    )
+    command.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    add_workers(command)
     text = "check size, SHA-256 and offsets of every shard against the index"
     command = commands.add_parser("verify", help=text, description=text)
     command.set_defaults(run=verify)
     command.add_argument("folder", type=Path, metavar="FOLDER", help="holds index.json")
-    _add_workers(command)
+    add_workers(command)
     return parser
-
-
-def _add_input_options(command: argparse.ArgumentParser, name: str) -> None:
-    # What a data set has no use for is no option of its command.
-    command.set_defaults(split=None, split_list=[], year=None, restval="train", strip="")
-    add = command.add_argument
-    add("root", type=Path, nargs="?", metavar="ROOT", help="the data set, in its official layout")
-    add("--images", type=Path, metavar="DIR", help="folder that the image names start at")
-    add(
-        "--annotations",
-        "--captions",
-        type=_split_and_path,
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="[SPLIT=]FILE",
-        help="caption file; several with coco and lavis",
-    )
-    splits = command.add_mutually_exclusive_group()
-    if name != "karpathy":
-        splits.add_argument("--split", metavar="NAME", help="split of files that do not say theirs")
-    if name in ("flickr8k", "flickr30k", "folder"):
-        splits.add_argument(
-            "--split-list",
-            type=_split_list,
-            nargs="+",
-            action="extend",
-            default=[],
-            metavar="SPLIT=FILE",
-            help="lists of image names, one per line",
-        )
-    if name == "coco":
-        add("--year", choices=("2014", "2017"), help="where ROOT holds both")
-    if name == "lavis":
-        add(
-            "--strip",
-            metavar="PREFIX",
-            help="drop this from the front of the image paths in the lists",
-        )
-    if name == "karpathy":
-        add(
-            "--restval",
-            default="train",
-            metavar="SPLIT",
-            help="split of the images in Karpathy's restval (default: train)",
-        )
-
-
-def _add_output_options(command: argparse.ArgumentParser) -> None:
-    add = command.add_argument
-    add("--out", type=Path, required=True, help="folder of the shards")
-    _add_workers(command)
-    add("--quality", type=_whole(1, 95), default=90, help="of new JPEGs, 1 to 95 (default: 90)")
-    add(
-        "--samples-per-shard",
-        type=_whole(1),
-        default=1000,
-        metavar="N",
-        help="records per shard; skipped ones leave it smaller (default: 1000)",
-    )
-    add(
-        "--tokenizer",
-        type=_whole(5),
-        metavar="N",
-        help="train a lower-case BERT WordPiece of N entries on the train captions",
-    )
-
-
-def _add_workers(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--workers",
-        type=_whole(1),
-        default=os.cpu_count() or 1,
-        metavar="N",
-        help="processes (default: one per CPU)",
-    )
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "vision.dtype": ("float32", "bfloat16"),
     "data.caption": ("uniform", "first", "weighted"),
     "data.decode": ("fast", "exact"),
+    "data.features": ("computed", "cached"),
     "data.mode": ("indexed", "stream"),
     "data.on_bad_shard": ("error", "skip"),
     "wandb.mode": ("auto", "online", "offline", "disabled"),

@@ -31,7 +31,7 @@ MAY_IMPORT = {
         "errors", "seeding", "config", "losses", "distributed", "models", "data", "checkpoint",
         "evaluation", "signals",
     },
-    "prepare": {"errors", "data"},
+    "prepare": {"errors", "data", "config", "train", "training"},
     "sweep": {"errors", "config"},
     "train": {"errors", "rules", "config", "training", "signals", "slurm", "sweep"},
     "benchmark": {"errors", "benchmarks"},

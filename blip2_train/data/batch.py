@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 import torch
 from torch.utils.data import default_collate
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 class Sample:
     """One image with the caption chosen for it."""
 
-    image: torch.Tensor  # uint8 [3, S, S]; [0] where the stream decodes no images
+    image: torch.Tensor  # uint8 [3, S, S]; or of cached features, see `data.features`; [0]: none
     text: str  # the prompt and the first of `captions`
     image_id: int  # see `sample_id`
     key: str  # "source/shard/key"
@@ -35,7 +35,7 @@ class Sample:
 class EvalSample:
     """One image with all its captions."""
 
-    image: torch.Tensor  # uint8 [3, S, S]; [0] where the stream decodes no images
+    image: torch.Tensor  # uint8 [3, S, S]; or of cached features, see `data.features`; [0]: none
     captions: list[str]  # cleaned, at least one, each behind the prompt
     image_id: int
     key: str
@@ -53,8 +53,8 @@ class Skipped(TypedDict):
 class Pictures(TypedDict):
     """The images of a training batch; the trainer's device flips them (`flip_images`)."""
 
-    image: torch.Tensor  # uint8 [B, 3, S, S]
-    flip: torch.Tensor  # bool [B], images that are still to be flipped
+    image: torch.Tensor  # uint8 [B, 3, S, S]; or of cached features, see `data.features`
+    flip: NotRequired[torch.Tensor]  # bool [B], images that are still to be flipped
 
 
 class ImageTextBatch(Pictures):
@@ -74,7 +74,7 @@ class ImageTextBatch(Pictures):
 class EvalBatch(TypedDict):
     """Images with all their captions; B is smaller than asked for where images were unusable."""
 
-    image: torch.Tensor  # uint8 [B, 3, S, S]
+    image: torch.Tensor  # uint8 [B, 3, S, S]; or of cached features, see `data.features`
     image_id: torch.Tensor  # int64 [B]
     input_ids: torch.Tensor  # int64 [C, T]
     attention_mask: torch.Tensor  # int64 [C, T]
@@ -108,11 +108,12 @@ def stack_images(images: list[torch.Tensor]) -> torch.Tensor:
 
 
 def stack_pictures(samples: Sequence[Sample]) -> Pictures:
-    """Put the images of training samples together."""
-    return {
-        "image": stack_images([sample.image for sample in samples]),
-        "flip": torch.tensor([sample.flip for sample in samples], dtype=torch.bool),
-    }
+    """Put the images of training samples together; cached features are never flipped."""
+    images = stack_images([sample.image for sample in samples])
+    if images.ndim == 3:
+        return {"image": images}
+    flip = torch.tensor([sample.flip for sample in samples], dtype=torch.bool)
+    return {"image": images, "flip": flip}
 
 
 def tokenise(

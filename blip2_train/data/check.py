@@ -86,6 +86,26 @@ def verify_folder(folder: Path, workers: int = 1) -> tuple[int, list[str]]:
     return len(shards), bad + [message for message in found if message is not None]
 
 
+def verify_features(folder: Path, workers: int = 1) -> tuple[int, list[str]]:
+    """Check the files of `blip2-prepare features` beside the shards.
+
+    Args:
+        folder: holds the tars.
+        workers: number of processes.
+
+    Returns:
+        The number of files, and a message for each that is damaged.
+
+    Raises:
+        UserError: a table of them cannot be read, or a worker process was killed.
+    """
+    from blip2_train.data.features import damage, listed_files  # torch: seconds in each process
+
+    files = listed_files(folder)
+    found = _in_processes(damage, [(path,) for path in files], workers)
+    return len(files), [message for message in found if message is not None]
+
+
 def _in_processes(
     task: Callable[..., Result], arguments: Sequence[tuple[Any, ...]], workers: int
 ) -> list[Result]:

@@ -64,7 +64,7 @@ class ResampledStream(TrainStream[Batch]):
             if isinstance(sample, Usable):
                 try:
                     # In the place of the epoch, which there is none of: a number of its own.
-                    return self._augment(source, shard, n, sample)
+                    return self._augment(source, shard, 0, n, sample)
                 except BadImage as error:
                     sample = SampleError(sample.key, str(error))
             where = f"{name}/{shard.name}"

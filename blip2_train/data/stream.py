@@ -19,6 +19,7 @@ from PIL import Image
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from blip2_train.data.batch import EvalSample, Sample, Skipped, sample_id
+from blip2_train.data.features import CachedFeatures
 from blip2_train.data.images import BadImage, load_rgb
 from blip2_train.data.order import Mixture, PartedOrder, micro_batch
 from blip2_train.data.pool import Reading, ShardPool
@@ -61,6 +62,7 @@ class TrainStream(IterableDataset[Batch]):
         max_words: int = 50,
         prompt: str = "",
         reading: Reading | None = None,
+        features: CachedFeatures | None = None,
     ) -> None:
         """Describe the stream; no shard is opened.
 
@@ -82,6 +84,7 @@ class TrainStream(IterableDataset[Batch]):
             max_words: of a caption, see `clean_caption`.
             prompt: put in front of every caption.
             reading: how shards are read.
+            features: of the frozen tower, in place of images; nothing is transformed then.
 
         Raises:
             UserError: a value that cannot be carried out.
@@ -120,6 +123,7 @@ class TrainStream(IterableDataset[Batch]):
         self._max_words = max_words
         self._prompt = prompt
         self._reading = reading or Reading()
+        self._features = features
         self._pool = ShardPool(self._reading)
         self._remote = {source.name for source in sources if source.remote}
         self._near: dict[tuple[str, int], list[int]] = {}  # shards that were asked for ahead
@@ -201,7 +205,7 @@ class TrainStream(IterableDataset[Batch]):
             raw = _read(self._pool, source, info, place, self._max_words)
             if isinstance(raw, Usable):
                 try:
-                    return self._augment(source, info, epoch, raw)
+                    return self._augment(source, info, place, epoch, raw)
                 except BadImage as error:
                     raw = _skipped(source, info, raw.key, str(error))
             skipped.append(raw)
@@ -219,7 +223,9 @@ class TrainStream(IterableDataset[Batch]):
                 self._near[name, part] = near
                 self._pool.fetch_ahead(self._sources[name].shards[shard] for shard in near)
 
-    def _augment(self, source: Source, info: StoredShard, epoch: int, raw: Usable) -> Sample:
+    def _augment(
+        self, source: Source, info: StoredShard, place: int, epoch: int, raw: Usable
+    ) -> Sample:
         generator = torch.Generator()
         generator.manual_seed(stable_hash(self._seed, epoch, source.name, info.name, raw.key))
         choice = 0
@@ -230,7 +236,10 @@ class TrainStream(IterableDataset[Batch]):
             choice = int(torch.randint(len(raw.captions), (1,), generator=generator))
         transform = self._transforms[source.name]
         image, flip = _no_image(), False
-        if transform is not None:
+        if self._features is not None:
+            image = self._features.read(info, place)
+            torch.rand(1, generator=generator)  # the flip, so that what follows stays the same
+        elif transform is not None:
             image, flip = transform(raw.image, generator)
         # After all other draws, which stay what they were before there was this one.
         uniform = torch.rand(1, generator=generator).item()
@@ -261,6 +270,7 @@ class EvalStream(Dataset[EvalSample | Skipped]):
         max_words: int = 50,
         prompt: str = "",
         reading: Reading | None = None,
+        features: CachedFeatures | None = None,
     ) -> None:
         """Describe the set; no shard is opened.
 
@@ -271,6 +281,7 @@ class EvalStream(Dataset[EvalSample | Skipped]):
             max_words: of a caption, see `clean_caption`.
             prompt: put in front of every caption.
             reading: how shards are read.
+            features: of the frozen tower, in place of images.
 
         Raises:
             UserError: `max_images` is not positive.
@@ -282,6 +293,7 @@ class EvalStream(Dataset[EvalSample | Skipped]):
         self._max_words = max_words
         self._prompt = prompt
         self._reading = reading or Reading()
+        self._features = features
         self._pool = ShardPool(self._reading)
         self._ends = np.cumsum([info.samples for info in source.shards])
         self._total = int(self._ends[-1])
@@ -291,12 +303,7 @@ class EvalStream(Dataset[EvalSample | Skipped]):
         return self._length
 
     def __getitem__(self, item: int) -> EvalSample | Skipped:
-        if not 0 <= item < self._length:
-            raise IndexError(f"image {item} of {self._length}")
-        place = item * self._total // self._length
-        shard = int(np.searchsorted(self._ends, place, side="right"))
-        index = place - (int(self._ends[shard - 1]) if shard else 0)
-        info = self._source.shards[shard]
+        info, index = self._place(item)
         try:
             raw = _read(self._pool, self._source, info, index, self._max_words)
         except ShardError as error:
@@ -305,17 +312,43 @@ class EvalStream(Dataset[EvalSample | Skipped]):
             return _skipped(self._source, info, f"#{index}", f"bad shard: {error}")
         if not isinstance(raw, Usable):
             return raw
-        image = _no_image()
-        if self._transform is not None:
-            try:
-                image = self._transform(load_rgb(raw.image))
-            except BadImage as error:
-                return _skipped(self._source, info, raw.key, str(error))
+        try:
+            image = self._image(info, index, raw)
+        except BadImage as error:
+            return _skipped(self._source, info, raw.key, str(error))
         name, tar = self._source.name, info.name
         captions = [self._prompt + caption for caption in raw.captions]
         image_id = sample_id(name, tar, raw.key, raw.image_id)
         key = f"{name}/{tar}/{raw.key}"
         return EvalSample(image, captions, image_id, key, item)
+
+    def picture(self, item: int) -> Image.Image:
+        """An image that can be used, to look at: as the tower sees it, or saw it.
+
+        Raises:
+            SampleError: it cannot be read; neither could item `item`.
+            BadImage: it cannot be decoded.
+        """
+        info, index = self._place(item)
+        image = load_rgb(self._pool.read(info, index).image)
+        if self._transform is None:
+            return image
+        return Image.fromarray(self._transform(image).permute(1, 2, 0).numpy())
+
+    def _place(self, item: int) -> tuple[StoredShard, int]:
+        """The shard of an item, and its number there."""
+        if not 0 <= item < self._length:
+            raise IndexError(f"image {item} of {self._length}")
+        place = item * self._total // self._length
+        shard = int(np.searchsorted(self._ends, place, side="right"))
+        return self._source.shards[shard], place - (int(self._ends[shard - 1]) if shard else 0)
+
+    def _image(self, info: StoredShard, index: int, raw: Usable) -> torch.Tensor:
+        if self._features is not None:
+            return self._features.read(info, index)
+        if self._transform is None:
+            return _no_image()
+        return self._transform(load_rgb(raw.image))
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ Shapes as in `models/qformer.py`; B images with one caption each, M caption targ
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -144,20 +144,6 @@ def describe_grounding(metrics: Mapping[str, float]) -> str:
     return line if gap >= GAP_WARNING else f"{line}: CAPTIONS HARDLY DEPEND ON THE IMAGE"
 
 
-def blank_image(mean: Sequence[float], size: int) -> Tensor:
-    """The picture that normalisation turns into zeros: the least informative input to the tower.
-
-    Args:
-        mean: per channel, in units of [0, 1].
-        size: side in pixels (S).
-
-    Returns:
-        uint8 [1, 3, S, S], exact to half a step of 8 bits.
-    """
-    colour = torch.tensor([round(255 * value) for value in mean], dtype=torch.uint8)
-    return colour[None, :, None, None].repeat(1, 1, size, size)
-
-
 # -- stage 1 ---------------------------------------------------------------------------------------
 
 
@@ -192,7 +178,7 @@ def stage1_grounding(
     Args:
         model: the stage-1 model.
         image_embeds: [B, P, Dv] of the tower.
-        blank_embeds: [1, P, Dv] of the tower, for `blank_image`.
+        blank_embeds: [1, P, Dv] of the tower, see its `blank`.
         batch: training-like, as `first_captions` gives it.
     """
     other, valid = other_rows(batch["image_id"])

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from blip2_train.models.blocks import KeyValue
+from blip2_train.models.cached_tower import CachedTower
 from blip2_train.models.qformer import ImageGroups, ImageKV, QFormer
 from blip2_train.models.vision import VisionTower
 
@@ -43,7 +44,7 @@ class Blip2Stage1(nn.Module):
 
     def __init__(
         self,
-        vision: VisionTower,
+        vision: VisionTower | CachedTower,
         qformer: QFormer,
         *,
         dec_token_id: int,

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from blip2_train.models.cached_tower import CachedTower
 from blip2_train.models.language import LanguageModel
 from blip2_train.models.qformer import ImageKV, QFormer
 from blip2_train.models.vision import VisionTower
@@ -32,10 +33,10 @@ class Blip2Stage2(nn.Module):
     """
 
     def __init__(
-        self, vision: VisionTower, qformer: QFormer, language_model: LanguageModel
+        self, vision: VisionTower | CachedTower, qformer: QFormer, language_model: LanguageModel
     ) -> None:
         super().__init__()
-        if isinstance(vision, VisionTower) and vision.width != qformer.vision_width:
+        if isinstance(vision, VisionTower | CachedTower) and vision.width != qformer.vision_width:
             raise ValueError(
                 f"the Q-Former reads image tokens of width {qformer.vision_width}, the tower "
                 f"{vision.name} gives {vision.width}; build it with vision_width={vision.width}"

@@ -90,9 +90,39 @@ class VisionTower(Frozen):
         with torch.autocast(image.device.type, enabled=False):
             return image_tokens(self.tower, image.to(self.dtype))
 
+    def blank(self) -> Tensor:
+        """Tokens [1, P, Dv] of the least informative image."""
+        device = next(self.tower.parameters()).device
+        return self(blank_image(self.mean, self.image_size).to(device))
+
+    def made_up(self, samples: int) -> Tensor:
+        """Input of the right shape: black pictures."""
+        return torch.zeros(samples, 3, self.image_size, self.image_size, dtype=torch.uint8)
+
+    def transient_bytes(self) -> int:
+        """What the forward pass holds of one image at its widest, roughly.
+
+        A block's hidden layer, four times as wide as the tokens, and a few copies.
+        """
+        return 8 * self.num_tokens * self.width * self.dtype.itemsize
+
     def digest(self) -> str:
         """SHA-256 of the tower's weights: the identity that a checkpoint records in their place."""
         return state_digest(self.tower.state_dict())
+
+
+def blank_image(mean: Sequence[float], size: int) -> Tensor:
+    """The picture that normalisation turns into zeros: the least informative input to the tower.
+
+    Args:
+        mean: per channel, in units of [0, 1].
+        size: side in pixels (S).
+
+    Returns:
+        uint8 [1, 3, S, S], exact to half a step of 8 bits.
+    """
+    colour = torch.tensor([round(255 * value) for value in mean], dtype=torch.uint8)
+    return colour[None, :, None, None].repeat(1, 1, size, size)
 
 
 def normalise(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:

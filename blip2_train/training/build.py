@@ -11,11 +11,13 @@ from hydra.utils import instantiate
 from torch import nn
 
 from blip2_train.checkpoint.bert import init_from_bert, read_bert
+from blip2_train.data.features import CachedFeatures
 from blip2_train.data.text import load_text_tokenizer
 from blip2_train.errors import UserError
+from blip2_train.models.cached_tower import CachedTower
 from blip2_train.models.freezing import count_parameters, parameter_table
 from blip2_train.models.qformer import QFormer
-from blip2_train.models.vision import VisionTower
+from blip2_train.models.vision import DTYPES, VisionTower
 from blip2_train.seeding import stable_hash
 
 log = logging.getLogger(__name__)
@@ -83,19 +85,49 @@ def initialise_qformer(qformer: QFormer, source: str) -> None:
         log.info("  %-36s %12s  %s", part, f"{count:,}", place)
 
 
-def tower_identity(vision: VisionTower) -> dict[str, str]:
+def build_vision(
+    cfg: Mapping[str, Any], features: CachedFeatures | None, *, shapes_only: bool = False
+) -> VisionTower | CachedTower:
+    """The frozen image tower, or what stands for it.
+
+    Args:
+        cfg: resolved configuration.
+        features: that were computed before; None: the tower itself is built.
+        shapes_only: its weights do not matter.
+    """
+    if features is not None:
+        table = features.table
+        return CachedTower(
+            cfg["vision"]["name"],
+            cfg["vision"]["weights"],
+            table.digest,
+            image_size=table.image_size,
+            num_tokens=table.tokens,
+            width=table.width,
+            dtype=DTYPES[table.dtype],
+            blank=features.blank,
+        )
+    settings = dict(cfg["vision"])
+    if shapes_only:
+        settings["weights"] = "random"
+    vision = instantiate_group("vision", settings)
+    if shapes_only and cfg["data"]["features"] == "cached":
+        return CachedTower(
+            vision.name,
+            vision.weights,
+            "",
+            image_size=vision.image_size,
+            num_tokens=vision.num_tokens,
+            width=vision.width,
+            dtype=vision.dtype,
+            blank=torch.zeros(1, vision.num_tokens, vision.width, dtype=vision.dtype),
+        )
+    return vision
+
+
+def tower_identity(vision: VisionTower | CachedTower) -> dict[str, str]:
     """What checkpoints hold in place of the tower's weights."""
     return {"name": vision.name, "weights": vision.weights, "digest": vision.digest()}
-
-
-def traced_tower(vision: VisionTower, samples: int) -> None:
-    """Runs the tower on fake images, for an estimate of its arithmetic."""
-    vision(torch.zeros(samples, 3, vision.image_size, vision.image_size))
-
-
-def tower_bytes(vision: VisionTower) -> int:
-    """What the tower holds of one sample at its widest: a block's 4x hidden layer, a few copies."""
-    return 8 * vision.num_tokens * vision.width * vision.dtype.itemsize
 
 
 def made_up_text(words: int, samples: int = 2, rank: int = 0) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 
 from blip2_train import signals
 from blip2_train.config import BatchPlan, Launch
+from blip2_train.data.features import CachedFeatures, open_features
 from blip2_train.data.pool import GIGABYTE, Reading
 from blip2_train.data.remote import Cache, default_cache_dir
 from blip2_train.data.resampled import ResampledStream
@@ -105,6 +106,24 @@ def open_validation(cfg: Mapping[str, Any]) -> Source | None:
     )
 
 
+def cached_features(
+    cfg: Mapping[str, Any], sources: list[Source], held_out: Source | None
+) -> CachedFeatures | None:
+    """The tower's features of all images that a training reads; None: it computes them.
+
+    Raises:
+        UserError: they are not there, or of another tower.
+    """
+    if cfg["data"]["features"] == "computed":
+        return None
+    found = open_features(cfg["vision"], [*sources, *([held_out] if held_out else [])])
+    log.info(
+        "features of the image tower come from the cache %s: %s, %d tokens of %d",
+        found.name, found.table.store, found.table.tokens, found.table.width,
+    )  # fmt: skip
+    return found
+
+
 def check_locality(locality: int, contrastive: int, launch: Launch) -> None:
     """Refuse parts of the order that do not lie evenly on batches and machines.
 
@@ -133,6 +152,7 @@ def train_stream(
     world: World,
     drawn: dict[str, int],
     image_size: int | None,
+    features: CachedFeatures | None = None,
 ) -> TrainStream:
     """This rank's micro-batches, from where `drawn` says.
 
@@ -144,6 +164,7 @@ def train_stream(
         world: the ranks.
         drawn: samples drawn from each source so far.
         image_size: in pixels; None: images are not decoded.
+        features: of the frozen tower, in place of images.
     """
     data = cfg["data"]
     transforms = {
@@ -174,6 +195,7 @@ def train_stream(
         max_words=data["max_words"],
         prompt=data["prompt"],
         reading=reading(data),
+        features=features,
     )
 
 
@@ -195,8 +217,13 @@ def start_loader_process(_: int) -> None:
     signals.obey_parent_only()
 
 
-def validation_images(cfg: Mapping[str, Any], source: Source, image_size: int | None) -> EvalStream:
-    """The validation images (`image_size` None: their captions alone)."""
+def validation_images(
+    cfg: Mapping[str, Any],
+    source: Source,
+    image_size: int | None,
+    features: CachedFeatures | None = None,
+) -> EvalStream:
+    """The validation images, or their features (`image_size` None: their captions alone)."""
     return EvalStream(
         source,
         None if image_size is None else EvalTransform(image_size),
@@ -204,4 +231,5 @@ def validation_images(cfg: Mapping[str, Any], source: Source, image_size: int | 
         max_words=cfg["data"]["max_words"],
         prompt=cfg["data"]["prompt"],
         reading=reading(cfg["data"]),
+        features=features,
     )

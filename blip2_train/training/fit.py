@@ -35,6 +35,7 @@ from blip2_train.training.devices import (
     use_cuda,
 )
 from blip2_train.training.feeding import (
+    cached_features,
     check_locality,
     open_sources,
     open_validation,
@@ -153,6 +154,9 @@ def _train(
         return 0
     sources = on_every_rank(functools.partial(open_sources, cfg["data"]), world)
     held_out = on_every_rank(functools.partial(open_validation, cfg), world)
+    stage.features = on_every_rank(
+        functools.partial(cached_features, cfg, sources, held_out), world
+    )
     fetch_once_per_machine(stage, launch, world)
     state = new_state(cfg, sources, stage.tokenizers(), world.size)
     if resume is not None and path is not None:
@@ -168,7 +172,9 @@ def _train(
     if wants_compilation(cfg["trainer"], cuda=cuda):
         compile_blocks(model)
     image_size = stage.image_size(model)
-    stream = train_stream(cfg, batch, sources, stage.collate(), world, state.drawn, image_size)
+    stream = train_stream(
+        cfg, batch, sources, stage.collate(), world, state.drawn, image_size, stage.features
+    )
     feeder = Feeder(train_loader(stream, cfg, cuda), stage.text_bucket, world)
     logs: list[Any] = []
     on_rank_zero(lambda: logs.extend(open_logs(folder, state)), world)
@@ -204,7 +210,7 @@ def _train(
     watchdog = Watchdog(cfg["trainer"]["hang_seconds"])
     callbacks: list[pl.Callback] = [watchdog, monitor]  # in this order at the end of each step
     if held_out is not None:
-        images = validation_images(cfg, held_out, image_size)
+        images = validation_images(cfg, held_out, image_size, stage.features)
         callbacks.append(
             Validation(
                 stage.build_evaluator(module, images),

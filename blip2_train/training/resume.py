@@ -54,6 +54,14 @@ RESUME_FREE = (
     "checkpoint.",
     "wandb.",
 )
+# Keys that checkpoints of earlier versions lack, and what these did.
+ADDED = {
+    "data.features": "computed",
+    "loss.itc.cache": False,
+    "trainer.compile": None,
+    "trainer.overlap": False,
+    "vision.precision": "native",
+}
 # Never: another model, other data, other random numbers. That is another run.
 RESUME_REFUSED = (
     "stage", "kind", "seed", "data.", "text.", "vision.", "qformer.", "model.", "language_model.",
@@ -78,6 +86,7 @@ def compare_for_resume(
         UserError: naming every change that is not permitted.
     """
     old, new = flatten(saved), flatten(current)
+    old = {key: value for key, value in ADDED.items() if key in new} | old
     permitted, problems = [], []
     for key in sorted(old.keys() | new.keys()):
         before, after = old.get(key), new.get(key)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from blip2_train.config import BatchPlan
 from blip2_train.data.batch import collate, collate_eval
+from blip2_train.data.features import CachedFeatures
 from blip2_train.data.stream import EvalStream
 from blip2_train.training.build import build_text_tokenizer
 from blip2_train.training.module import StageModule
@@ -29,6 +30,9 @@ class Stage(abc.ABC):
     frozen_prefixes: tuple[str, ...] = ()  # of parameters that checkpoints name and do not store
     product: str | None = None  # file or folder that the run leaves for others to load
     text_bucket: int | None = None  # where ranks agree on the length of text (see `Feeder`)
+
+    # of the frozen tower, in whose place they are then; a training sets it before it builds
+    features: CachedFeatures | None = None
 
     def __init__(self, cfg: Mapping[str, Any]) -> None:
         self.cfg = cfg

@@ -14,13 +14,12 @@ from blip2_train.data.stream import EvalStream
 from blip2_train.distributed import World, current_world
 from blip2_train.models.stage1 import Blip2Stage1
 from blip2_train.training.build import (
+    build_vision,
     initialise_qformer,
     instantiate_group,
     made_up_text,
     seed_weights,
-    tower_bytes,
     tower_identity,
-    traced_tower,
 )
 from blip2_train.training.meter import Level, Meter
 from blip2_train.training.module import StageModule
@@ -82,10 +81,11 @@ class Stage1Module(StageModule):
 
     def rehearsal_batch(self) -> dict[str, Any]:
         """Two blank images with random text."""
-        size = self.model.vision.image_size
-        image = torch.zeros(2, 3, size, size, dtype=torch.uint8)
         words = self.model.qformer.word_embeddings.num_embeddings
-        return {"image": image, **made_up_text(words, rank=current_world().rank)}
+        return {
+            "image": self.model.vision.made_up(2),
+            **made_up_text(words, rank=current_world().rank),
+        }
 
     def rehearsal_loss(self) -> Tensor:
         """Loss from made-up image tokens."""
@@ -105,10 +105,7 @@ class Stage1(BertTextStage):
     ) -> Blip2Stage1:
         """Image tower, Q-Former and heads."""
         words = self.word_pieces(shapes_only=shapes_only)
-        vision_settings = dict(self.cfg["vision"])
-        if shapes_only:
-            vision_settings["weights"] = "random"
-        vision = instantiate_group("vision", vision_settings)
+        vision = build_vision(self.cfg, self.features, shapes_only=shapes_only)
         settings = {k: v for k, v in self.cfg["qformer"].items() if k != "init"}
         seed_weights(self.cfg["seed"])
         qformer = instantiate_group(
@@ -158,11 +155,11 @@ class Stage1(BertTextStage):
 
     def traced_tower(self, model: Blip2Stage1, samples: int) -> None:
         """Runs the tower on fake images."""
-        traced_tower(model.vision, samples)
+        model.vision(model.vision.made_up(samples))
 
     def tower_bytes(self, model: Blip2Stage1) -> int:
         """Of the image tower."""
-        return tower_bytes(model.vision)
+        return model.vision.transient_bytes()
 
     def _loss(self) -> LossConfig:
         settings = self.cfg["loss"]

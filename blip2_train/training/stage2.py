@@ -29,12 +29,11 @@ from blip2_train.errors import UserError
 from blip2_train.models import language
 from blip2_train.models.stage2 import Blip2Stage2
 from blip2_train.training.build import (
+    build_vision,
     initialise_qformer,
     instantiate_group,
     seed_weights,
-    tower_bytes,
     tower_identity,
-    traced_tower,
 )
 from blip2_train.training.meter import Level, Meter
 from blip2_train.training.module import StageModule
@@ -105,9 +104,7 @@ class Stage2Module(StageModule):
 
     def rehearsal_batch(self) -> dict[str, Any]:
         """Two blank images with made-up text."""
-        size = self.model.vision.image_size
-        image = torch.zeros(2, 3, size, size, dtype=torch.uint8)
-        return {"image": image, **made_up_text(self.model.language_model)}
+        return {"image": self.model.vision.made_up(2), **made_up_text(self.model.language_model)}
 
     def rehearsal_loss(self) -> Tensor:
         """All that is trained stands before the language model, which is left out."""
@@ -159,10 +156,8 @@ class Stage2(Stage):
         self, *, shapes_only: bool = False, device: torch.device | None = None
     ) -> Blip2Stage2:
         """Image tower, query side of the Q-Former, projection, language model."""
-        vision_settings, settings = dict(self.cfg["vision"]), dict(self.cfg["qformer"])
-        if shapes_only:
-            vision_settings["weights"] = "random"
-        vision = instantiate_group("vision", vision_settings)
+        settings = dict(self.cfg["qformer"])
+        vision = build_vision(self.cfg, self.features, shapes_only=shapes_only)
         language_model = instantiate_group("language_model", self.language_settings, device=device)
         self._check_language_model(language_model, shapes_only)
         del settings["init"]
@@ -271,11 +266,11 @@ class Stage2(Stage):
 
     def traced_tower(self, model: Blip2Stage2, samples: int) -> None:
         """Runs the tower on fake images."""
-        traced_tower(model.vision, samples)
+        model.vision(model.vision.made_up(samples))
 
     def tower_bytes(self, model: Blip2Stage2) -> int:
         """Of the image tower."""
-        return tower_bytes(model.vision)
+        return model.vision.transient_bytes()
 
     def _text_settings(self) -> dict[str, Any]:
         return {

@@ -9,8 +9,6 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from PIL import Image
-from torch import Tensor
 from torch.utils.data import DataLoader
 
 from blip2_train.data.batch import EvalSample
@@ -209,8 +207,3 @@ def chosen_samples(images: EvalStream, count: int) -> list[EvalSample]:
     count = min(count, len(images))
     items = (images[i * len(images) // count] for i in range(count))
     return [item for item in items if isinstance(item, EvalSample)]
-
-
-def to_pil(image: Tensor) -> Image.Image:
-    """uint8 [3, S, S] -> picture."""
-    return Image.fromarray(image.permute(1, 2, 0).cpu().numpy())

@@ -12,7 +12,6 @@ from blip2_train.data.stream import EvalStream
 from blip2_train.distributed import World, gather_objects
 from blip2_train.evaluation.grounding import (
     Grounding,
-    blank_image,
     describe_grounding,
     stage1_grounding,
 )
@@ -22,7 +21,7 @@ from blip2_train.evaluation.stage1 import Features, Retrieval, encode, first_cap
 from blip2_train.training.meter import Meter, describe_losses
 from blip2_train.training.module import StageModule
 from blip2_train.training.objectives import LossConfig, draw_uniform, stage1_step
-from blip2_train.training.validation import Evaluator, Findings, chosen_samples, to_pil
+from blip2_train.training.validation import Evaluator, Findings, chosen_samples
 
 
 class Stage1Evaluator(Evaluator):
@@ -62,9 +61,7 @@ class Stage1Evaluator(Evaluator):
         self.tokens: dict[int, Tensor] = {}  # needed where matching re-ranks
         self.comparisons = 0.0  # sum over images of ln(images in its batch)
         self.negatives: dict[int, tuple[int, str]] = {}  # image -> the image and text drawn for it
-        vision = self.module.model.vision
-        blank = blank_image(vision.mean, vision.image_size)
-        self.blank = vision(blank.to(self.module.device)) if self.loss.weights["lm"] else None
+        self.blank = self.module.model.vision.blank() if self.loss.weights["lm"] else None
 
     def add(self, number: int, batch: dict[str, Any]) -> None:
         """Takes in one batch."""
@@ -114,7 +111,7 @@ class Stage1Evaluator(Evaluator):
 
     @torch.no_grad()
     def captions(self, images: Tensor) -> list[str]:
-        """What the model says of images uint8 [B, 3, S, S], greedily."""
+        """What the model says of images, as batches hold them, greedily."""
         model = self.module.model
         tokens = model.vision(images.to(self.module.device))
         longest = min(30, model.qformer.position_embeddings.num_embeddings + 1)
@@ -137,15 +134,12 @@ class Stage1Evaluator(Evaluator):
             best = found.sims[:, query].topk(min(3, len(found.items))).indices.tolist()
             rows.append(
                 Row(
-                    to_pil(item.image),
+                    self.images.picture(item.item),
                     {"says": caption},
                     item.captions,
                     [(found.text[t], int(found.caption_image[t]) == image) for t in texts],
                     found.text[query],
-                    [
-                        (to_pil(self.images[found.items[i]].image), i == image)  # type: ignore[union-attr]
-                        for i in best
-                    ],
+                    [(self.images.picture(found.items[i]), i == image) for i in best],
                     *self._negative(item.item),
                 )
             )
@@ -155,4 +149,4 @@ class Stage1Evaluator(Evaluator):
         if item not in self.negatives:
             return None, ""
         image, text = self.negatives[item]
-        return to_pil(self.images[image].image), text  # type: ignore[union-attr]
+        return self.images.picture(image), text

@@ -9,12 +9,12 @@ from torch import Tensor
 from blip2_train.data.language import LanguageTokenizer, decode, encode_prompts
 from blip2_train.data.stream import EvalStream
 from blip2_train.distributed import World
-from blip2_train.evaluation.grounding import Grounding, blank_image, describe_grounding
+from blip2_train.evaluation.grounding import Grounding, describe_grounding
 from blip2_train.evaluation.samples import Row
 from blip2_train.evaluation.stage2 import stage2_grounding
 from blip2_train.training.meter import describe_losses
 from blip2_train.training.module import StageModule
-from blip2_train.training.validation import Evaluator, Findings, chosen_samples, to_pil
+from blip2_train.training.validation import Evaluator, Findings, chosen_samples
 
 
 class Stage2Evaluator(Evaluator):
@@ -46,8 +46,7 @@ class Stage2Evaluator(Evaluator):
     def start(self) -> None:
         """Forgets the validation before."""
         self.grounding = Grounding()
-        vision = self.module.model.vision
-        self.blank = vision(blank_image(vision.mean, vision.image_size).to(self.module.device))
+        self.blank = self.module.model.vision.blank()
 
     def add(self, number: int, batch: dict[str, Any]) -> None:
         """Takes in one batch."""
@@ -71,7 +70,7 @@ class Stage2Evaluator(Evaluator):
 
     @torch.no_grad()
     def captions(self, images: Tensor) -> list[str]:
-        """What the model says of images uint8 [B, 3, S, S]."""
+        """What the model says of images, as batches hold them."""
         model = self.module.model
         prompts, mask = encode_prompts(
             [self.prompt] * len(images), self.text, encoder=model.language_model.is_encoder_decoder
@@ -93,6 +92,6 @@ class Stage2Evaluator(Evaluator):
             return []
         words = self.captions(torch.stack([item.image for item in items]))
         return [
-            Row(to_pil(item.image), {"says": caption}, item.captions)
+            Row(self.images.picture(item.item), {"says": caption}, item.captions)
             for item, caption in zip(items, words, strict=True)
         ]

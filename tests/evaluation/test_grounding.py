@@ -18,7 +18,6 @@ from blip2_train.distributed import World, current_world
 from blip2_train.evaluation import grounding
 from blip2_train.evaluation.grounding import (
     Grounding,
-    blank_image,
     caption_nats,
     describe_grounding,
     other_rows,
@@ -27,6 +26,7 @@ from blip2_train.evaluation.grounding import (
 )
 from blip2_train.models.blocks import CrossAttention
 from blip2_train.models.stage1 import Blip2Stage1
+from blip2_train.models.vision import blank_image
 from blip2_train.training.objectives import LmConfig, LossConfig, stage1_step
 
 IDS = [7, 7, 3, 7, 5, 3]

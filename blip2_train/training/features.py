@@ -1,0 +1,302 @@
+"""`blip2-prepare features`: the frozen tower's tokens of every image, written beside the shards.
+
+Shard by shard, so that the same command goes on where it was killed; several processes (torchrun)
+take turns at the shards.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from blip2_train.config import Launch
+from blip2_train.data.features import (
+    BLANK,
+    SUFFIX,
+    TABLE,
+    TRANSFORM,
+    Stored,
+    Table,
+    features_folder,
+    read_file,
+    read_table,
+    tower_identity,
+    write_file,
+    write_table,
+)
+from blip2_train.data.images import BadImage, load_rgb
+from blip2_train.data.index import read_index
+from blip2_train.data.pool import Reading, ShardPool
+from blip2_train.data.shards import ShardError
+from blip2_train.data.source import StoredShard
+from blip2_train.data.tar import SampleError
+from blip2_train.data.transforms import EvalTransform
+from blip2_train.errors import UserError
+from blip2_train.models.cached_tower import pack, unpack
+from blip2_train.models.vision import VisionTower
+from blip2_train.training.build import instantiate_group
+from blip2_train.training.compiling import compile_blocks
+from blip2_train.training.feeding import start_loader_process
+
+Place = tuple[int, int]  # shard, image in it
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What was done.
+
+    Attributes:
+        folder: of the features.
+        table: what is in it.
+        images: of all shards.
+        unusable: of these.
+        bytes: of all files.
+        cosine: mean over the tokens of one batch between stored and computed features; None where
+            nothing was left to compute.
+    """
+
+    folder: Path
+    table: Table
+    images: int
+    unusable: int
+    bytes: int
+    cosine: float | None
+
+    def __str__(self) -> str:
+        table = self.table
+        text = (
+            f"{self.folder}: {self.images:,} images ({self.unusable:,} unusable) of "
+            f"{len(table.files):,} shards, {table.tokens} tokens of {table.width} in "
+            f"{table.store}, {self.bytes / 1e9:.2f} GB"
+        )
+        if self.cosine is None:
+            return text
+        return f"{text}; cosine with what was computed {self.cosine:.5f}"
+
+
+def write_features(
+    folder: Path,
+    vision: Mapping[str, Any],
+    *,
+    splits: list[str],
+    store: str | None,
+    batch: int,
+    device: torch.device,
+    workers: int,
+    launch: Launch,
+) -> Outcome:
+    """Computes what is not there yet.
+
+    Args:
+        folder: of the shards.
+        vision: group of the resolved configuration.
+        splits: whose images; empty: all.
+        store: of `models.cached_tower.STORES`; None: the tower's own dtype.
+        batch: images that the tower sees at a time.
+        device: that computes.
+        workers: processes that decode.
+        launch: how this process was started.
+
+    Raises:
+        UserError: shards or the tower cannot be read, or there are features in another `store`.
+    """
+    shards = _shards(folder, splits)
+    identity = tower_identity(vision)
+    place = features_folder(folder, identity)
+    tower: VisionTower = instantiate_group("vision", vision)
+    table = Table(
+        tower=identity,
+        transform=TRANSFORM,
+        digest=tower.digest(),
+        store=store or str(tower.dtype).removeprefix("torch."),
+        dtype=str(tower.dtype).removeprefix("torch."),
+        image_size=tower.image_size,
+        tokens=tower.num_tokens,
+        width=tower.width,
+    )
+    if (place / TABLE).exists() and (known := read_table(place)).store != table.store:
+        raise UserError(
+            f"{place} holds these features as {known.store}; delete that folder, or take "
+            f"--store {known.store}"
+        )
+    place.mkdir(exist_ok=True)
+    tower.to(device)
+    if device.type == "cuda":
+        compile_blocks(tower)
+    if launch.rank == 0:
+        write_file(place / f"{BLANK}{SUFFIX}", pack(tower.blank(), table.store), table, "", {})
+    todo = [shard for shard in shards if _finished(place, shard, table) is None]
+    todo = todo[launch.rank :: launch.world_size]
+    cosine = _compute(place, tower, table, todo, batch=batch, device=device, workers=workers)
+    return _sum_up(place, table, folder, cosine)
+
+
+def _shards(folder: Path, splits: list[str]) -> list[StoredShard]:
+    index = read_index(folder)
+    there = sorted({info.split for info in index.values()})
+    if unknown := sorted(set(splits) - set(there)):
+        raise UserError(f"--split {' '.join(unknown)}: the splits of {folder} are {there}")
+    return [
+        StoredShard(**vars(info), folder=str(folder))
+        for _, info in sorted(index.items())
+        if info.samples and (not splits or info.split in splits)
+    ]
+
+
+class ShardImages(Dataset[Tensor | str]):
+    """Every image of some shards as the tower is to see it, or why it cannot be used.
+
+    Args:
+        shards: to read.
+        image_size: side in pixels.
+    """
+
+    def __init__(self, shards: list[StoredShard], image_size: int) -> None:
+        self.shards = shards
+        self.transform = EvalTransform(image_size)
+        self.pool = ShardPool(Reading())
+
+    def __getitem__(self, place: Place) -> Tensor | str:
+        shard, index = place
+        try:
+            return self.transform(load_rgb(self.pool.read(self.shards[shard], index).image))
+        except BadImage as error:
+            return str(error)
+        except SampleError as error:
+            return error.reason
+
+    def batches(self, size: int) -> list[list[Place]]:
+        """Places in order, `size` at a time, never of two shards."""
+        return [
+            [(number, index) for index in range(start, min(start + size, shard.samples))]
+            for number, shard in enumerate(self.shards)
+            for start in range(0, shard.samples, size)
+        ]
+
+
+def _compute(
+    place: Path,
+    tower: VisionTower,
+    table: Table,
+    shards: list[StoredShard],
+    *,
+    batch: int,
+    device: torch.device,
+    workers: int,
+) -> float | None:
+    """Writes the files of some shards; returns how close what is stored comes, see `Outcome`."""
+    images = ShardImages(shards, tower.image_size)
+    places = images.batches(batch)
+    loader = DataLoader(
+        images,
+        batch_sampler=places,
+        num_workers=workers,
+        collate_fn=list,
+        pin_memory=device.type == "cuda",
+        worker_init_fn=start_loader_process,
+    )
+    cosine = None
+    with tqdm(total=sum(s.samples for s in shards), unit=" images", disable=None) as progress:
+        found = _encoded(tower, zip(places, loader, strict=True), device)
+        for number, shard in enumerate(shards):
+            stored: Tensor | None = None
+            bad: dict[int, str] = {}
+            end = 0
+            while end < shard.samples:
+                start, tokens, unusable = _next(found, number)
+                packed = pack(tokens, table.store)
+                if cosine is None:
+                    cosine = _cosine(packed, tokens)
+                if stored is None:
+                    stored = torch.empty(shard.samples, *packed.shape[1:], dtype=packed.dtype)
+                end = start + len(packed)
+                stored[start:end] = packed  # from the device
+                bad |= unusable
+                progress.update(len(packed))
+            assert stored is not None
+            write_file(place / f"{shard.name}{SUFFIX}", stored, table, shard.sha256, bad)
+    return cosine
+
+
+def _encoded(
+    tower: VisionTower,
+    batches: Iterator[tuple[list[Place], list[Tensor | str]]],
+    device: torch.device,
+) -> Iterator[tuple[Place, Tensor, dict[int, str]]]:
+    """First place, tokens [n, P, Dv] on the device (zeros where there are none), and why not."""
+    for places, images in batches:
+        bad = {
+            index: image for (_, index), image in zip(places, images, strict=True)
+            if isinstance(image, str)
+        }  # fmt: skip
+        blank = torch.zeros(3, tower.image_size, tower.image_size, dtype=torch.uint8)
+        pixels = torch.stack([blank if isinstance(image, str) else image for image in images])
+        tokens = tower(pixels.to(device, non_blocking=True))
+        for row, (_, index) in enumerate(places):
+            if index in bad:
+                tokens[row] = 0
+        yield places[0], tokens, bad
+
+
+def _next(
+    found: Iterator[tuple[Place, Tensor, dict[int, str]]], number: int
+) -> tuple[int, Tensor, dict[int, str]]:
+    """The next batch, which is of this shard."""
+    try:
+        (shard, start), tokens, bad = next(found)
+    except (OSError, ShardError) as error:
+        # where a loader process raised it, the message is a whole traceback
+        raise UserError(str(error).strip().splitlines()[-1]) from error
+    assert shard == number
+    return start, tokens, bad
+
+
+def _cosine(packed: Tensor, tokens: Tensor) -> float:
+    used = tokens.flatten(1).any(dim=1)
+    if not used.any():
+        return 1.0
+    kept, computed = unpack(packed[used], torch.float32), tokens[used].float()
+    return torch.cosine_similarity(kept, computed, dim=-1).mean().item()
+
+
+def _finished(place: Path, shard: StoredShard, table: Table) -> Stored | None:
+    """The file of a shard; None: it is not there, or of something else.
+
+    Whether its numbers are still those that were written, `blip2-prepare verify` says.
+    """
+    try:
+        return read_file(place / f"{shard.name}{SUFFIX}", shard, table)
+    except ShardError:
+        return None
+
+
+def _sum_up(place: Path, table: Table, folder: Path, cosine: float | None) -> Outcome:
+    """Writes the table of all files that are there."""
+    shards = _shards(folder, [])
+    while True:
+        found = [(s, file) for s in shards if (file := _finished(place, s, table)) is not None]
+        files: dict[str, dict[str, Any]] = {
+            shard.name: {
+                "tar": shard.sha256,
+                "bytes": (place / f"{shard.name}{SUFFIX}").stat().st_size,
+            }
+            for shard, _ in found
+        }
+        if files == table.files:
+            break
+        # looked at again after: another process may have finished a file in between
+        table = replace(table, files=files)
+        write_table(place, table)
+    return Outcome(
+        place,
+        table,
+        sum(shard.samples for shard, _ in found),
+        sum(len(file.bad) for _, file in found),
+        sum(entry["bytes"] for entry in files.values()),
+        cosine,
+    )
