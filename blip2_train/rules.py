@@ -133,6 +133,7 @@ TEXTS |= {"language_model.end": False, "causal_lm.tokenizer": False, "causal_lm.
 SWITCHES = (
     "data.allow_pipe",
     "trainer.deterministic",
+    "trainer.overlap",
     "vision.drop_last_block",
     "qformer.gradient_checkpointing",
     "language_model.gradient_checkpointing",

@@ -47,6 +47,7 @@ from blip2_train.training.lm import LmStage
 from blip2_train.training.lock import RunLock
 from blip2_train.training.module import StageModule
 from blip2_train.training.monitor import Monitor
+from blip2_train.training.overlap import Ahead
 from blip2_train.training.preemption import Preemption, leave_signals_alone
 from blip2_train.training.resume import (
     check_configuration,
@@ -176,6 +177,7 @@ def _train(
         cfg, batch, sources, stage.collate(), world, state.drawn, image_size, stage.features
     )
     feeder = Feeder(train_loader(stream, cfg, cuda), stage.text_bucket, world)
+    batches = Ahead(feeder, module) if cfg["trainer"]["overlap"] else feeder
     logs: list[Any] = []
     on_rank_zero(lambda: logs.extend(open_logs(folder, state)), world)
     loggers: list[Logger] = []
@@ -234,7 +236,7 @@ def _train(
     log.info("%s", batch)
     try:
         with signals.noted():
-            trainer.fit(module, train_dataloaders=feeder)
+            trainer.fit(module, train_dataloaders=batches)
     except SystemExit as error:  # Lightning's answer to Ctrl-C
         signal.signal(signal.SIGINT, signal.default_int_handler)
         raise KeyboardInterrupt from error

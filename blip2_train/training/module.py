@@ -17,6 +17,8 @@ from blip2_train.seeding import stable_hash
 from blip2_train.training.meter import Level, Meter
 from blip2_train.training.optimizer import learning_rate, parameter_groups
 
+READY = "ready"  # key of the event after which a batch that was prepared ahead may be used
+
 
 class StageModule(pl.LightningModule, abc.ABC):
     """A training; each stage says what its step computes.
@@ -66,7 +68,7 @@ class StageModule(pl.LightningModule, abc.ABC):
         """Losses of one micro-batch: `loss` to call backward on, and what the meter sums.
 
         Args:
-            batch: on the device, its images flipped.
+            batch: on the device, as `see` leaves it.
             step: optimizer step, from 0.
             part: micro-batch within the step.
             world: the ranks.
@@ -84,6 +86,14 @@ class StageModule(pl.LightningModule, abc.ABC):
     def levels(self, contrastive: float) -> dict[str, Level]:
         """What each loss is without learning and at best, with so many samples compared."""
 
+    def image_tokens(self, image: Tensor) -> Tensor | None:
+        """Tokens [B, P, Dv] of the frozen tower, where there is one.
+
+        Args:
+            image: [B, ...], flipped, as the tower takes them.
+        """
+        return None
+
     def after_step(self) -> None:
         """Called without gradient after each optimizer step."""
 
@@ -98,8 +108,7 @@ class StageModule(pl.LightningModule, abc.ABC):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Loss of one micro-batch (one of `batch.accumulate` in an optimizer step)."""
-        if "flip" in batch:  # there are batches of text alone
-            batch = {**batch, "image": flip_images(batch["image"], batch["flip"])}
+        batch = _arrived(batch) if READY in batch else self.see(batch)
         world, step = current_world(), self.trainer.global_step
         part = batch_idx % self.batch.accumulate
         # seeded by the step: a resumed run needs no stored generator
@@ -108,6 +117,22 @@ class StageModule(pl.LightningModule, abc.ABC):
         # every step weighs the same, also where a resumed run cuts its batch in another way
         self.meter.add(out, weight=1 / (world.size * self.batch.accumulate))
         return out["loss"]
+
+    @torch.no_grad()
+    def see(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """A batch with its images flipped, or `image_tokens` in their place; once is enough.
+
+        Args:
+            batch: on the device.
+        """
+        if "image" not in batch:
+            return batch
+        image = batch["image"]
+        if "flip" in batch:
+            image = flip_images(image, batch["flip"])
+        tokens = self.image_tokens(image)
+        found = {"image": image} if tokens is None else {"image_tokens": tokens}
+        return {k: v for k, v in batch.items() if k not in ("image", "flip")} | found
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """AdamW on what is trained, fused on CPU and GPU alike."""
@@ -174,3 +199,13 @@ class StageModule(pl.LightningModule, abc.ABC):
             buffer.copy_(before)
         self.zero_grad(set_to_none=True)
         self.meter.sums = None
+
+
+def _arrived(batch: dict[str, Any]) -> dict[str, Any]:
+    """A batch that another stream prepared, once it is there; the host does not wait."""
+    current = torch.cuda.current_stream()
+    current.wait_event(batch[READY])
+    for value in batch.values():
+        if isinstance(value, Tensor):
+            value.record_stream(current)  # its memory is that stream's to reuse
+    return batch

@@ -35,6 +35,7 @@ RESUME_FREE = (
     "trainer.log_every",
     "trainer.max_consecutive_skips",
     "trainer.hang_seconds",
+    "trainer.overlap",
     "data.root",
     "data.num_workers",
     "data.max_skip_fraction",

@@ -54,12 +54,21 @@ class Stage1Module(StageModule):
     def step(self, batch: dict[str, Any], step: int, part: int, world: World) -> dict[str, Tensor]:
         """Losses of one contrastive batch."""
         parts = self.batch.parts if "tokens" in batch else 1  # a rehearsal is too small
-        embeds = [self.model.vision(image) for image in batch["image"].chunk(parts)]
-        image_embeds = torch.cat(embeds) if parts > 1 else embeds[0]  # cat would copy it
         uniform = draw_uniform(self.seed, step, part, len(batch["image_id"]), world)
         return stage1_step(
-            self.model, image_embeds, batch, self.loss, uniform=uniform, world=world, parts=parts
+            self.model,
+            batch["image_tokens"],
+            batch,
+            self.loss,
+            uniform=uniform,
+            world=world,
+            parts=parts,
         )
+
+    def image_tokens(self, image: Tensor) -> Tensor:
+        """Of the frozen tower, in as many parts as activations are held in."""
+        tokens = [self.model.vision(part) for part in image.chunk(self.batch.parts)]
+        return torch.cat(tokens) if len(tokens) > 1 else tokens[0]  # cat would copy it
 
     def after_step(self) -> None:
         """Keeps the temperature in its range."""

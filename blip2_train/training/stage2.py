@@ -95,8 +95,11 @@ class Stage2Module(StageModule):
 
     def step(self, batch: dict[str, Any], step: int, part: int, world: World) -> dict[str, Tensor]:
         """Loss of one micro-batch."""
-        image_embeds = self.model.vision(batch["image"])
-        return stage2_step(self.model, image_embeds, batch, self.normalise, world)
+        return stage2_step(self.model, batch["image_tokens"], batch, self.normalise, world)
+
+    def image_tokens(self, image: Tensor) -> Tensor:
+        """Of the frozen tower."""
+        return self.model.vision(image)
 
     def levels(self, contrastive: float) -> dict[str, Level]:
         """Chance: every token is as likely as any other."""

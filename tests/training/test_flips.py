@@ -16,7 +16,9 @@ def taken(batch: dict[str, Any]) -> dict[str, Any]:
         seen.append(batch)
         return {"loss": torch.zeros(())}
 
-    module = SimpleNamespace(
+    module: Any = SimpleNamespace(
+        see=lambda batch: StageModule.see(module, batch),  # type: ignore[arg-type]
+        image_tokens=lambda image: None,
         trainer=SimpleNamespace(global_step=0),
         batch=SimpleNamespace(accumulate=1),
         seed=0,
@@ -37,4 +39,4 @@ def test_a_step_is_given_flipped_images() -> None:
 
 def test_batches_of_text_and_of_validation_pass_as_they_are() -> None:
     for batch in ({"text": ["a"]}, {"image": torch.zeros(1, 3, 2, 2)}):
-        assert taken(batch) is batch
+        assert taken(batch) == batch

@@ -1,11 +1,21 @@
 """On a GPU: a step waits for nothing, and its losses are those of the CPU."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from language_steps import OPT, T5, N, stage2, texts
-from tiny import PATCHES, WIDTH, loss_config, tiny_batch, tiny_model
+from tiny import (
+    PATCHES,
+    WIDTH,
+    loss_config,
+    tiny_batch,
+    tiny_model,
+    tiny_run,
+    train_in_process,
+)
+from whole_runs import assert_same_end
 
 from blip2_train.distributed import World
 from blip2_train.training.objectives import draw_uniform, stage1_step
@@ -50,3 +60,12 @@ def test_a_step_of_stage_2_on_a_gpu_equals_the_cpus(config: dict[str, Any]) -> N
     assert out["loss"].item() == pytest.approx(wanted["loss"].item(), abs=1e-6)
     assert model.lm_proj.weight.grad is not None
     torch.testing.assert_close(model.lm_proj.weight.grad.cpu(), gradient, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.gpu
+def test_a_run_with_overlap_is_the_same_on_a_gpu(shards: Path, tmp_path: Path) -> None:
+    for overlap in ("false", "true"):
+        changes = {"trainer.overlap": overlap, "trainer.deterministic": "true"}
+        changes |= {"trainer.accelerator": "gpu", "trainer.compile": "false"}
+        assert train_in_process(tiny_run(shards, tmp_path, f"run-{overlap}", **changes)) == 0
+    assert_same_end(tmp_path / "run-true", tmp_path / "run-false")

@@ -1,0 +1,47 @@
+"""`trainer.overlap`: the frozen tower sees the next batch while this one is being trained on.
+
+Lightning asks for a batch one step before it trains on it. Its copies to the GPU and the tower's
+forward pass then go to a stream of their own, and fill what the Q-Former's many small kernels,
+forward, backward and optimizer, leave of the device. On a CPU the same is computed, in turn.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from blip2_train.training.module import READY, StageModule
+
+
+class Ahead:
+    """Batches on the device, with `image_tokens` of the frozen tower in place of their images.
+
+    Args:
+        batches: of this rank, on the host.
+        module: whose tower it is; already on its device when batches are asked for.
+    """
+
+    def __init__(self, batches: Iterable[dict[str, Any]], module: StageModule) -> None:
+        self.batches = batches
+        self.module = module
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        device = self.module.device
+        if device.type != "cuda":
+            yield from (self._seen(batch, device) for batch in self.batches)
+            return
+        stream = torch.cuda.Stream(device)
+        for batch in self.batches:
+            with torch.cuda.stream(stream):
+                seen = self._seen(batch, device)
+                ready = torch.cuda.Event()
+                ready.record(stream)
+            yield {**seen, READY: ready}
+
+    def _seen(self, batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+        moved = {
+            name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+            for name, value in batch.items()
+        }
+        return self.module.see(moved)
