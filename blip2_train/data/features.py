@@ -27,8 +27,9 @@ from safetensors.torch import save_file
 from blip2_train.data.atomic import atomic_writer, write_json
 from blip2_train.data.images import BadImage
 from blip2_train.data.remote import is_remote
+from blip2_train.data.retries import with_retries
 from blip2_train.data.shards import ShardError, file_sha256
-from blip2_train.data.source import Source, StoredShard
+from blip2_train.data.source import RETRY_SECONDS, Source, StoredShard
 from blip2_train.errors import UserError
 
 PREFIX = "features-"
@@ -137,12 +138,15 @@ def read_table(folder: Path) -> Table:
     return table
 
 
-def open_features(vision: Mapping[str, Any], sources: Iterable[Source]) -> CachedFeatures:
+def open_features(
+    vision: Mapping[str, Any], sources: Iterable[Source], retry_seconds: float = RETRY_SECONDS
+) -> CachedFeatures:
     """The features of all images of some sources, of the tower that the configuration names.
 
     Args:
         vision: group of the resolved configuration.
         sources: of training and validation.
+        retry_seconds: for how long opening a file is tried again.
 
     Raises:
         UserError: some are missing, of another tower, or of shards as they no longer are.
@@ -165,9 +169,9 @@ def open_features(vision: Mapping[str, Any], sources: Iterable[Source]) -> Cache
     place = features_folder(first, tower)
     try:
         blank = read_file(place / f"{BLANK}{SUFFIX}").tokens[:]
-    except ShardError as error:
+    except (ShardError, OSError) as error:
         raise UserError(str(error)) from None
-    return CachedFeatures(place.name, tables[first], blank)
+    return CachedFeatures(place.name, tables[first], blank, retry_seconds)
 
 
 def _table_of(name: str, folder: str, tower: Mapping[str, Any]) -> Table:
@@ -238,15 +242,19 @@ class CachedFeatures:
         name: of the folder beside the shards.
         table: what is in it.
         blank: tokens [1, P, Dv] of the image that says nothing, as they are stored.
+        retry_seconds: for how long opening a file is tried again.
     """
 
-    def __init__(self, name: str, table: Table, blank: torch.Tensor) -> None:
+    def __init__(
+        self, name: str, table: Table, blank: torch.Tensor, retry_seconds: float = RETRY_SECONDS
+    ) -> None:
         self.name, self.table, self.blank = name, table, blank
+        self.retry_seconds = retry_seconds
         self._open: OrderedDict[Path, Stored] = OrderedDict()
         self._process = os.getpid()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return CachedFeatures, (self.name, self.table, self.blank)
+        return CachedFeatures, (self.name, self.table, self.blank, self.retry_seconds)
 
     def read(self, shard: StoredShard, index: int) -> torch.Tensor:
         """Tokens of one image as they are stored, [P, Dv] or [P, Dv + 4].
@@ -267,7 +275,9 @@ class CachedFeatures:
         if path not in self._open:
             while len(self._open) >= MAX_OPEN_FILES:
                 self._open.popitem(last=False)
-            self._open[path] = read_file(path, shard, self.table)
+            self._open[path] = with_retries(
+                lambda: read_file(path, shard, self.table), self.retry_seconds, str(path)
+            )
         self._open.move_to_end(path)
         return self._open[path]
 
@@ -281,7 +291,8 @@ def read_file(path: Path, shard: StoredShard | None = None, table: Table | None 
         table: that it should belong to.
 
     Raises:
-        ShardError: it is damaged, of another shard or of another tower.
+        ShardError: it is missing, damaged, of another shard or of another tower.
+        OSError: it could not be read, which may pass.
     """
     remedy = "delete it and run blip2-prepare features again"
     try:
@@ -289,7 +300,7 @@ def read_file(path: Path, shard: StoredShard | None = None, table: Table | None 
         about = json.loads(file.metadata()["about"])
         bad = {int(index): reason for index, reason in about.pop("bad").items()}
         stored = Stored(file.get_slice("tokens"), bad=bad, **about)
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+    except (FileNotFoundError, SafetensorError, ValueError, KeyError, TypeError) as error:
         raise ShardError(f"{path} cannot be read ({error}); {remedy}") from None
     if table is not None and stored.key != table.key:
         raise ShardError(f"{path} is of another tower than {TABLE} beside it; {remedy}")
@@ -337,7 +348,7 @@ def damage(path: Path) -> str | None:
     try:
         stored = read_file(path, table=read_table(path.parent))
         good = _sha256(stored.tokens[:]) == stored.sha256
-    except (ShardError, UserError) as error:
+    except (ShardError, UserError, OSError) as error:
         return str(error)
     return None if good else f"{path} has other numbers than were written"
 

@@ -72,7 +72,7 @@ class TrainStream(IterableDataset[Batch]):
                 decoded, for training on text alone.
             collate: samples of a micro-batch, and what was skipped for it -> batch; called in the
                 worker, so it must pickle.
-            contrastive_batch: samples over all ranks, `batch.size / batch.accumulate`.
+            contrastive_batch: samples over all ranks, see `config.BatchPlan`.
             seed: of order, captions and transforms.
             shuffle_window: shards whose samples are mixed, at least (see `ShuffledOrder`).
             rank: this process's slice of each contrastive batch.
@@ -92,12 +92,12 @@ class TrainStream(IterableDataset[Batch]):
         super().__init__()
         if contrastive_batch < 1 or contrastive_batch % world:
             raise UserError(
-                f"batch.size / batch.accumulate = {contrastive_batch} samples cannot be cut into "
+                f"a contrastive batch of {contrastive_batch} samples cannot be cut into "
                 f"{world} equal slices, one per device; make it a multiple of {world}."
             )
         if contrastive_batch % locality:
             raise UserError(
-                f"batch.size / batch.accumulate = {contrastive_batch} is not divisible by "
+                f"a contrastive batch of {contrastive_batch} samples is not divisible by "
                 f"data.locality={locality}; change one of them."
             )
         if caption not in get_args(CaptionChoice):

@@ -271,7 +271,7 @@ def _finished(place: Path, shard: StoredShard, table: Table) -> Stored | None:
     """
     try:
         return read_file(place / f"{shard.name}{SUFFIX}", shard, table)
-    except ShardError:
+    except (ShardError, OSError):
         return None
 
 

@@ -116,7 +116,8 @@ def cached_features(
     """
     if cfg["data"]["features"] == "computed":
         return None
-    found = open_features(cfg["vision"], [*sources, *([held_out] if held_out else [])])
+    everything = [*sources, *([held_out] if held_out is not None else [])]
+    found = open_features(cfg["vision"], everything, cfg["data"]["retry_seconds"])
     log.info(
         "features of the image tower come from the cache %s: %s, %d tokens of %d",
         found.name, found.table.store, found.table.tokens, found.table.width,

@@ -633,7 +633,7 @@ def test_a_part_goes_through_its_own_samples_alone(folder, make):
         ({"contrastive_batch": 10, "world": 3}, r"10 samples .* multiple of 3"),
         ({"contrastive_batch": 0}, "0 samples"),
         ({"caption": "best"}, "data.caption='best'"),
-        ({"locality": 5}, r"12 is not divisible by data.locality=5"),
+        ({"locality": 5}, r"12 samples is not divisible by data.locality=5"),
         ({"locality": 12, "contrastive_batch": 24}, r"10 samples .* data.locality=12"),
         ({"drawn": {"one": 3, "gone": 4}}, "drawn from gone"),
     ],

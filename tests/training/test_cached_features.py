@@ -17,6 +17,7 @@ import pytest
 import torch
 from forked import Forked, train
 from PIL import Image
+from safetensors import safe_open
 from tiny import tiny_run, tiny_stage_runs, train_in_process
 from whole_runs import assert_same_end, rows
 
@@ -305,11 +306,24 @@ def test_some_splits_first(copied: Path, tmp_path: Path, capsys: Capture) -> Non
     assert {name.split("-")[0] for name in table["files"]} == {"train", "val"}
 
 
+def test_a_disk_that_recovers_is_waited_for(folder: Path, monkeypatch: Patch) -> None:
+    found = features.open_features(table_of(folder)["tower"], [source(folder)], retry_seconds=9)
+    failures = [OSError("stale file handle")] * 2
+
+    def flaky(*given: Any, **options: Any) -> Any:
+        if failures:
+            raise failures.pop()
+        return safe_open(*given, **options)
+
+    monkeypatch.setattr(features, "safe_open", flaky)
+    monkeypatch.setattr("blip2_train.data.retries.time.sleep", lambda seconds: None)
+    assert found.read(source(folder).shards[0], 5).shape == found.blank[0].shape
+    assert not failures
+
+
 def test_features_are_those_of_the_whole_image(folder: Path) -> None:
     """Against the tower by hand: one image, decoded by PIL."""
-    found = features.open_features(
-        {**table_of(folder)["tower"], "_target_": "anything"}, [source(folder)]
-    )
+    found = features.open_features(table_of(folder)["tower"], [source(folder)])
     shard = source(folder).shards[0]
     stored = found.read(shard, 5)
     raw = ShardReader(shard.location, shard).read(5)
