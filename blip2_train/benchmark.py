@@ -1,6 +1,8 @@
 """Measure speed and memory against what others use, in one run on one machine.
 
     blip2-benchmark stage1         a training step against the reference's, on any device
+    blip2-benchmark stage2         the same of stage 2
+    blip2-benchmark tower          the frozen image tower against the reference's
     blip2-benchmark loader         images from shards to batches, on processors alone
     blip2-benchmark collectives    bytes that ranks exchange in a step of stage 1
 
@@ -17,6 +19,16 @@ from pathlib import Path
 from typing import Any
 
 from blip2_train.errors import UserError
+
+# Of what runs on any device: help, and presets (those of its module, which is slow to import).
+MODELS = {
+    "stage1": ("a training step of stage 1", ("small", "vitl", "vitg")),
+    "stage2": (
+        "a training step of stage 2",
+        ("small", "small_t5", "vitg_opt2_7b", "vitg_flant5xl"),
+    ),
+    "tower": ("the frozen image tower alone", ("small", "vitl", "vitg")),
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -35,16 +47,17 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def run_stage1(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """A step of stage 1, see `benchmarks/stage1.py`."""
+def run_model(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """A step, or the tower: see the module of `benchmarks` of this name."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler reports that there is no GPU
     import torch
 
-    from blip2_train.benchmarks.stage1 import run
+    from blip2_train.benchmarks import stage1, stage2, tower
 
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    return run(args.preset, args.batch, args.device, args.rounds, args.overrides)
+    subject: Any = {"stage1": stage1, "stage2": stage2, "tower": tower}[args.subject]
+    return subject.run(args.preset, args.batch, args.device, args.rounds, args.overrides)
 
 
 def run_loader(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -68,21 +81,22 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(required=True, metavar="SUBJECT")
-    stage1 = commands.add_parser("stage1", help="a training step of stage 1")
-    stage1.add_argument(
-        "--preset", default="small", choices=("small", "vitl", "vitg"),
-        help="shapes: small is for processors (default %(default)s)",
-    )  # fmt: skip
-    stage1.add_argument("--batch", type=_count, help="samples (default: the preset's)")
-    stage1.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    stage1.add_argument("--threads", type=_count, help="of a processor (default: torch's)")
-    stage1.add_argument(
-        "--rounds", type=_count, default=10, help="steps of each side (default %(default)s)"
-    )
-    stage1.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="of the configuration of blip2-train"
-    )
-    stage1.set_defaults(run=run_stage1)
+    for subject, (text, presets) in MODELS.items():
+        command = commands.add_parser(subject, help=text)
+        command.add_argument(
+            "--preset", default="small", choices=presets,
+            help="shapes: small ones are for processors (default %(default)s)",
+        )  # fmt: skip
+        command.add_argument("--batch", type=_count, help="samples (default: the preset's)")
+        command.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+        command.add_argument("--threads", type=_count, help="of a processor (default: torch's)")
+        command.add_argument(
+            "--rounds", type=_count, default=10, help="of each side (default %(default)s)"
+        )
+        command.add_argument(
+            "overrides", nargs="*", metavar="key=value", help="of the configuration of blip2-train"
+        )
+        command.set_defaults(run=run_model, subject=subject)
     loader = commands.add_parser("loader", help="images from shards to batches")
     loader.add_argument(
         "--sizes", default="341x256,500x375,1365x1024",

@@ -9,6 +9,8 @@ from rich.table import Table
 OURS, TEXTBOOK = "ours", "textbook"
 SIDES = (OURS, TEXTBOOK)
 
+Row = tuple[str, float | None, float | None, str]
+
 
 def ratios(sides: dict[str, dict[str, Any]]) -> dict[str, float]:
     """Baseline over ours for speed, ours over baseline for memory."""
@@ -23,46 +25,58 @@ def ratios(sides: dict[str, dict[str, Any]]) -> dict[str, float]:
         "memory_ratio": ours["saved_mib"] / theirs["saved_mib"],
     }
     if ours["cpu_seconds"]:
-        parts = ("forward", "backward", "optimizer")
-        cpu = [sum(side["cpu_seconds"][part] for part in parts) for side in (theirs, ours)]
+        cpu = [
+            sum(seconds for part, seconds in side["cpu_seconds"].items() if part != "tower")
+            for side in (theirs, ours)
+        ]
         ratios["cpu_speedup_from_features"] = cpu[0] / cpu[1]
     return ratios
 
 
 def table(record: dict[str, Any]) -> Table:
-    """A record of `stage1.run` to look at."""
+    """A record of `step.run_steps` to look at."""
     shapes, ours, theirs = record["shapes"], record["ours"], record["baseline"]
-    out = Table(
-        title=f"{record['name']}: {shapes['batch']} samples, {record['device']}, "
-        f"{shapes['precision']}",
-        title_justify="left",
+    rows: list[Row] = []
+
+    def row(name: str, key: str, unit: str) -> None:
+        rows.append((name, ours[key], theirs[key], unit))
+
+    row("samples per second", "samples_per_second", ".1f")
+    row("  from features", "samples_per_second_from_features", ".1f")
+    for phase, seconds in ours["seconds"].items():
+        rows.append((f"seconds: {phase}", seconds, theirs["seconds"][phase], ".4f"))
+    for part, seconds in record.get("parts", {}).items():
+        rows.append((f"  forward: {part}", seconds, None, ".4f"))
+    for phase, seconds in ours["cpu_seconds"].items():
+        rows.append((f"processor seconds: {phase}", seconds, theirs["cpu_seconds"][phase], ".4f"))
+    for part, flops in ours["gflop_per_sample"].items():
+        rows.append((f"GFLOP a sample: {part}", flops, theirs["gflop_per_sample"][part], ".1f"))
+    row("share of the matmul ceiling", "share_of_ceiling", ".1%")
+    row("kept for backward, MiB", "saved_mib", ".0f")
+    row("peak memory, MiB", "peak_memory_mib", ".0f")
+    row("waits of the host", "host_waits", "d")
+    largest = record["largest_difference"]
+    return comparison(
+        f"{record['name']}: {shapes['batch']} samples, {record['device']}, {shapes['precision']}",
+        rows,
+        f"{'equal' if record['equal'] else 'DIFFERENT'}: losses differ by {largest['loss']:.1e}, "
+        f"gradients by {largest['gradient']:.1e} of their largest element",
     )
+
+
+def comparison(title: str, rows: list[Row], caption: str) -> Table:
+    """Ours beside the textbook's.
+
+    Args:
+        title: above the table.
+        rows: name, ours, the textbook's (None where there is none), format.
+        caption: below.
+    """
+    out = Table(title=title, title_justify="left", caption=caption)
     for column in ("", OURS, TEXTBOOK, "ratio"):
         out.add_column(column, justify="right" if column else "left")
-
-    def row(name: str, one: float | None, two: float | None, unit: str = ".3f") -> None:
+    for name, one, two, unit in rows:
         cells = ["-" if value is None else f"{value:{unit}}" for value in (one, two)]
         ratio = "" if not one or not two else f"{max(one, two) / min(one, two):.2f}"
         out.add_row(name, *cells, ratio)
-
-    row("samples per second", ours["samples_per_second"], theirs["samples_per_second"], ".1f")
-    from_features = "samples_per_second_from_features"
-    row("  from features", ours[from_features], theirs[from_features], ".1f")
-    for phase, seconds in ours["seconds"].items():
-        row(f"seconds: {phase}", seconds, theirs["seconds"][phase], ".4f")
-    for part, seconds in record["parts"].items():
-        row(f"  forward: {part}", seconds, None, ".4f")
-    for phase, seconds in ours["cpu_seconds"].items():
-        row(f"processor seconds: {phase}", seconds, theirs["cpu_seconds"][phase], ".4f")
-    for part, flops in ours["gflop_per_sample"].items():
-        row(f"GFLOP a sample: {part}", flops, theirs["gflop_per_sample"][part], ".1f")
-    row("share of the matmul ceiling", ours["share_of_ceiling"], theirs["share_of_ceiling"], ".1%")
-    row("kept for backward, MiB", ours["saved_mib"], theirs["saved_mib"], ".0f")
-    row("peak memory, MiB", ours["peak_memory_mib"], theirs["peak_memory_mib"], ".0f")
-    row("waits of the host", ours["host_waits"], theirs["host_waits"], "d")
-    largest = record["largest_difference"]
-    out.caption = (
-        f"{'equal' if record['equal'] else 'DIFFERENT'}: losses differ by {largest['loss']:.1e}, "
-        f"gradients by {largest['gradient']:.1e} of their largest element"
-    )
     return out

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from blip2_train.models.blocks import FeedForward, KeyValue, QFormerLayer
+from blip2_train.models.qformer import QFormer
 from blip2_train.models.stage1 import Blip2Stage1
 from blip2_train.training.objectives import LossConfig
 
@@ -54,8 +55,10 @@ def textbook_step(
     image = qformer.ln_vision(image_embeds.to(qformer.ln_vision.weight.dtype))
 
     queries = qformer.norm(qformer.query_tokens.expand(B, -1, -1))
-    query_output, query_kv = _blocks(model, qformer.dropout(queries), Q, image=image)
-    text_output, _ = _blocks(model, _embed(model, ids), 0, mask=_additive(mask[:, None, None]))
+    query_output, query_kv = query_blocks(qformer, qformer.dropout(queries), Q, image=image)
+    text_output, _ = query_blocks(
+        qformer, _embed(model, ids), 0, mask=_additive(mask[:, None, None])
+    )
     image_feats = F.normalize(model.vision_proj(query_output).float(), dim=-1)
     text_feat = F.normalize(model.text_proj(text_output[:, 0]).float(), dim=-1)
 
@@ -77,8 +80,8 @@ def textbook_step(
     text_mask = torch.cat([mask, mask, torch.stack([mask[i] for i in other_text])])
     both = torch.cat([queries.repeat(3, 1, 1), qformer.norm(_sum(model, text_ids))], dim=1)
     seen = torch.cat([mask.new_ones(3 * B, Q), text_mask], dim=1)
-    hidden, _ = _blocks(
-        model, qformer.dropout(both), Q, mask=_additive(seen[:, None, None]), image=images
+    hidden, _ = query_blocks(
+        qformer, qformer.dropout(both), Q, mask=_additive(seen[:, None, None]), image=images
     )
     itm_logits = model.itm_head(hidden[:, :Q]).mean(dim=1)
     labels = torch.cat([ids.new_ones(B), ids.new_zeros(2 * B)])
@@ -89,8 +92,8 @@ def textbook_step(
     T = ids.shape[1]
     causal = torch.ones(T, T, device=ids.device).tril() * mask[:, None]  # [B, T, T]
     visible = torch.cat([causal.new_ones(B, T, Q), causal], dim=2)[:, None]
-    hidden, _ = _blocks(
-        model, _embed(model, decoder_ids), 0, mask=_additive(visible), past=query_kv
+    hidden, _ = query_blocks(
+        qformer, _embed(model, decoder_ids), 0, mask=_additive(visible), past=query_kv
     )
     head = qformer.lm_head
     hidden = head.norm(F.gelu(_linear(head.transform, hidden)))
@@ -129,8 +132,8 @@ def _draw(sim: Tensor, same: Tensor, uniform: Tensor) -> list[int]:
     return found
 
 
-def _blocks(
-    model: Blip2Stage1,
+def query_blocks(
+    qformer: QFormer,
     hidden: Tensor,
     num_queries: int,
     *,
@@ -138,8 +141,21 @@ def _blocks(
     image: Tensor | None = None,
     past: list[KeyValue] | None = None,
 ) -> tuple[Tensor, list[KeyValue]]:
+    """One pass: states of every position, and every block's keys and values of self-attention.
+
+    Args:
+        qformer: whose blocks run.
+        hidden: [R, L, D], the queries first.
+        num_queries: of a row; they see the image.
+        mask: added to the scores of self-attention, broadcast to [R, H, L, K].
+        image: [R, P, Dv] behind `ln_vision`.
+        past: keys and values in front of the own.
+
+    Returns:
+        [R, L, D], and (keys, values), each [R, L, D], of every block.
+    """
     keys_values = []
-    for i, layer in enumerate(model.qformer.layers):
+    for i, layer in enumerate(qformer.layers):
         assert isinstance(layer, QFormerLayer)
         own = layer.self_attention
         key, value = _linear(own.key, hidden), _linear(own.value, hidden)

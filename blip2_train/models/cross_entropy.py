@@ -3,15 +3,18 @@
 Shapes: M positions that have a target, D width, V vocabulary.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from blip2_train.losses import lm_loss_sum
 from blip2_train.models.linear import product
 
 CHUNK = 2048  # positions whose logits are held at a time
+FROZEN_CHUNK = 512  # the same where several copies of them are held at once
 
 
 def linear_cross_entropy_sum(
@@ -78,6 +81,57 @@ class _LinearCrossEntropy(torch.autograd.Function):
             of_weight += product(of_logits.T, part.T)
             of_bias += of_logits.sum(dim=0)
         return torch.cat(of_states), of_weight, of_bias, None, None
+
+
+def frozen_cross_entropy_sum(
+    head: Callable[[Tensor], Tensor], states: Tensor, targets: Tensor
+) -> Tensor:
+    """Cross-entropy of `head(states)`, summed over positions, where the head does not learn.
+
+    Nothing but the states has a gradient then, so it is taken right away, `FROZEN_CHUNK` positions
+    at a time: it is all that is kept for the backward pass, and no product is made twice. That
+    goes for any head, however its weights are stored.
+
+    Args:
+        head: [n, D] -> logits [n, V], row by row; no gradient of its parameters is wanted.
+        states: [M, D].
+        targets: int64 [M].
+
+    Returns:
+        Scalar, nats; float32 at least.
+    """
+    wanted = torch.is_grad_enabled() and states.requires_grad
+    total: Tensor = _FrozenCrossEntropy.apply(states, targets, head, wanted)
+    return total
+
+
+class _FrozenCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, states: Tensor, targets: Tensor, head: Callable[[Tensor], Tensor], wanted: bool
+    ) -> Tensor:
+        total = torch.zeros((), dtype=_wide(states), device=states.device)
+        gradients = []
+        # what a part keeps ends with it: nobody outside shall count it, or move it elsewhere
+        own = torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
+        with own, torch.set_grad_enabled(wanted):
+            parts = states.split(FROZEN_CHUNK), targets.split(FROZEN_CHUNK)
+            for part, token in zip(*parts, strict=True):
+                part = part.detach().requires_grad_(wanted)
+                loss = lm_loss_sum(head(part), token, smoothing=0.0)
+                if wanted:
+                    loss.backward()  # not `autograd.grad`, which a counter of arithmetic refuses
+                    gradients.append(part.grad)
+                total = total + loss.detach()
+        if wanted:
+            ctx.save_for_backward(torch.cat(gradients))
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (of_states,) = ctx.saved_tensors
+        return of_states * grad, None, None, None
 
 
 def _wide(x: Tensor) -> torch.dtype:

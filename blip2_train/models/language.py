@@ -15,20 +15,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from blip2_train.errors import UserError
 from blip2_train.models import lm_identity, lm_weights
+from blip2_train.models.cross_entropy import frozen_cross_entropy_sum
 from blip2_train.models.freezing import Frozen, state_digest
-from blip2_train.models.lm_masks import close, find_form, mask_inputs, window
+from blip2_train.models.lm_head import find_head, target_logits, target_states
+from blip2_train.models.lm_linear import let_gradients_through
+from blip2_train.models.lm_masks import find_form, mask_inputs, window
 from blip2_train.models.lm_weights import download, random_model
 
-__all__ = ["LanguageModel", "download", "random_model", "target_logits"]
+__all__ = ["LanguageModel", "download", "random_model"]
 
 log = logging.getLogger(__name__)
 
@@ -111,16 +112,16 @@ class LanguageModel(Frozen):
         self.lm.generation_config = GenerationConfig()  # what a model's authors like is no default
         self.freeze()
         if quantization == "torchao_int4":
-            _let_gradients_through(self.lm)
+            let_gradients_through(self.lm)
         self.gradient_checkpointing = gradient_checkpointing
         for module in self.lm.modules():
             if isinstance(module, GradientCheckpointingLayer):
                 module.forward = functools.partial(self._run_block, module.forward)
-        self._rows_only = True
+        self._head_form = "states"
         self._mask_form = "rows"
         self._window = window(self.lm)
         if not lm_weights.on_meta():
-            self._rows_only = self._head_takes_rows()
+            self._head_form = find_head(self.lm, self.name)
             self._mask_form = find_form(self.lm, self._window)
 
     def _build(
@@ -206,6 +207,58 @@ class LanguageModel(Frozen):
         Returns:
             [M, V]: what stands after position t (s) according to the model.
         """
+        inputs = self._inputs(
+            inputs_embeds, attention_mask, decoder_input_ids, decoder_attention_mask
+        )
+        with torch.autocast(inputs_embeds.device.type, enabled=False):
+            return self._logits(index, inputs)
+
+    def loss_sum(
+        self,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor,
+        index: Tensor,
+        targets: Tensor,
+        *,
+        decoder_input_ids: Tensor | None = None,
+        decoder_attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Cross-entropy of `logits` against the tokens that stand there, summed over them.
+
+        A few positions' logits are in memory at a time, in float32; see `frozen_cross_entropy_sum`.
+
+        Args:
+            inputs_embeds: as all but the next of `logits`.
+            attention_mask: int64 [B, T].
+            index: int64 [M].
+            targets: int64 [M], the tokens to predict.
+            decoder_input_ids: int64 [B, S].
+            decoder_attention_mask: int64 [B, S].
+
+        Returns:
+            Scalar, nats.
+        """
+        inputs = self._inputs(
+            inputs_embeds, attention_mask, decoder_input_ids, decoder_attention_mask
+        )
+        with torch.autocast(inputs_embeds.device.type, enabled=False):
+            if self._head_form == "states":
+                states, head = (
+                    target_states(self.lm, index, **inputs),
+                    self.lm.get_output_embeddings(),
+                )
+            else:  # what follows the head cannot be had without it
+                states, head = self._logits(index, inputs), nn.Identity()
+            return frozen_cross_entropy_sum(head, states, targets)
+
+    def _inputs(
+        self,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor,
+        decoder_input_ids: Tensor | None,
+        decoder_attention_mask: Tensor | None,
+    ) -> dict[str, Any]:
+        """Arguments of the library's forward."""
         fits = self._window is None or inputs_embeds.shape[1] <= self._window
         inputs: dict[str, Any] = {
             "inputs_embeds": inputs_embeds.to(self.dtype),
@@ -218,48 +271,12 @@ class LanguageModel(Frozen):
         }
         if self.is_encoder_decoder:
             inputs["decoder_input_ids"] = decoder_input_ids
-        with torch.autocast(inputs_embeds.device.type, enabled=False):
-            if self._rows_only:
-                return target_logits(self.lm, index, **inputs)
+        return inputs
+
+    def _logits(self, index: Tensor, inputs: Mapping[str, Any]) -> Tensor:
+        if self._head_form == "whole":
             return self.lm(**inputs, use_cache=False).logits.flatten(0, 1)[index]
-
-    @torch.no_grad()
-    def _head_takes_rows(self) -> bool:
-        """Whether the logits of selected rows are the selected rows of all logits.
-
-        Raises:
-            UserError: the model takes embeddings for something else than the tokens they are of.
-        """
-        device = self._table.weight.device
-        ids = (torch.arange(8, device=device).view(2, 4) + 5) % self.vocab_size
-        mask = torch.ones_like(ids)
-        inputs = {"attention_mask": mask}
-        if self.is_encoder_decoder:
-            inputs |= {"decoder_input_ids": ids.flip(0), "decoder_attention_mask": mask}
-        from_tokens = self.lm(**inputs, input_ids=ids, use_cache=False).logits
-        inputs["inputs_embeds"] = self.embed(ids)
-        full = self.lm(**inputs, use_cache=False).logits
-        if not close(full, from_tokens):
-            raise UserError(
-                f"language_model.name={self.name} cannot be used: its output for token embeddings "
-                "is not that for the tokens; take another model"
-            )
-        index = torch.tensor([6, 0, 3], device=device)
-        try:
-            rows = target_logits(self.lm, index, **inputs)
-        except Exception as error:  # whatever a head that wants three dimensions runs into
-            reason = str(error)
-        else:
-            if close(rows, full.flatten(0, 1)[index]):
-                return True
-            reason = "the logits differ"
-        log.info(
-            "the head of %s does not take single rows (%s): all logits are computed, and those of "
-            "the targets taken from them",
-            self.name,
-            reason,
-        )
-        return False
+        return target_logits(self.lm, index, **inputs)
 
     @torch.no_grad()
     def generate(
@@ -356,28 +373,6 @@ class LanguageModel(Frozen):
         }
 
 
-def target_logits(lm: PreTrainedModel, index: Tensor, **inputs: Any) -> Tensor:
-    """Logits at some positions only: the head, by far the largest product, sees no other row.
-
-    Whatever the model does after its head (scaling, capping) is done all the same.
-
-    Args:
-        lm: a model of transformers.
-        index: int64 [M], flat positions of the (decoder's) input.
-        inputs: of the model's forward.
-
-    Returns:
-        [M, V].
-    """
-    handle = lm.get_output_embeddings().register_forward_pre_hook(
-        lambda _, args: (args[0].flatten(0, 1)[index], *args[1:])
-    )
-    try:
-        return lm(**inputs, use_cache=False).logits
-    finally:
-        handle.remove()
-
-
 def _check_choice(key: str, value: str | None, allowed: list[Any]) -> None:
     if value not in allowed:
         choices = ", ".join("null" if choice is None else choice for choice in allowed)
@@ -397,29 +392,3 @@ def _decoder_start(lm: PreTrainedModel) -> int | None:
             "language_model.config.decoder_start_token_id"
         )
     return token
-
-
-def _let_gradients_through(lm: nn.Module) -> None:
-    """Gives linear layers of packed weights, whose kernels have no backward, one."""
-    for module in lm.modules():
-        if isinstance(module, nn.Linear) and type(module.weight.data) is not Tensor:
-            module.forward = functools.partial(_linear, module)  # type: ignore[method-assign]
-
-
-def _linear(layer: Any, x: Tensor) -> Tensor:
-    return _FrozenLinear.apply(layer.weight, layer.bias, x)
-
-
-class _FrozenLinear(torch.autograd.Function):
-    """A linear layer with a gradient to its input, whatever its weight is packed in."""
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
-        ctx.weight = weight
-        return F.linear(x, weight, bias)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, Tensor]:
-        eye = torch.eye(ctx.weight.shape[1], dtype=grad.dtype, device=grad.device)
-        return None, None, grad @ F.linear(eye, ctx.weight).t()  # the layer's own unpacking

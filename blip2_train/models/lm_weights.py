@@ -143,25 +143,33 @@ def has_own_head(config: PreTrainedConfig) -> bool:
 
 
 def random_model(
-    config: Mapping[str, Any] | PreTrainedConfig, seed: int, setting: str = "language_model"
+    config: Mapping[str, Any] | PreTrainedConfig,
+    seed: int,
+    setting: str = "language_model",
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
 ) -> PreTrainedModel:
-    """A language model with random weights, float32 and trainable, on the CPU.
+    """A language model with random weights, trainable.
 
     Args:
         config: as of `parse_config`, or a library configuration.
         seed: all that the weights depend on. On the meta device nothing is drawn.
         setting: where in the configuration `config` stands, for messages.
+        dtype: in which they are drawn.
+        device: that draws them; a GPU does so in no time, by its own generator as it stands.
 
     Raises:
         UserError: this is not a language model's configuration.
     """
     settings = config if isinstance(config, PreTrainedConfig) else parse_config(config, setting)
-    # The draw must not depend on, or disturb, anybody else's random numbers, nor on the device.
-    device = "meta" if on_meta() else "cpu"
+    # The draw must not depend on, or disturb, anybody else's random numbers, nor on the device
+    # where the model will run.
+    device = "meta" if on_meta() else device
     with torch.device(device), torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         try:
-            lm = _auto_class(settings).from_config(settings, dtype=torch.float32)
+            lm = _auto_class(settings).from_config(settings, dtype=dtype)
         except (ValueError, RuntimeError) as error:
             raise UserError(
                 f"{setting}.config of type {settings.model_type} gives no language model: "

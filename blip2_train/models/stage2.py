@@ -72,21 +72,20 @@ class Blip2Stage2(nn.Module):
         Returns:
             [M, V] logits, in the order of `lm_index`, for the tokens that stand there.
         """
-        soft = self.soft_prompt(query_output)
-        embeds, mask = self._behind(soft, text["input_ids"], text["attention_mask"])
-        index = text["lm_index"]
-        if self.language_model.is_encoder_decoder:
-            return self.language_model.logits(
-                embeds,
-                mask,
-                index,
-                decoder_input_ids=self._shifted(text["target_ids"]),
-                decoder_attention_mask=text["target_mask"],
-            )
-        Q, T = soft.shape[1], text["input_ids"].shape[1]
-        # text token t stands at position Q + t of its row, and the position before predicts it
-        rows = index.div(T, rounding_mode="floor")
-        return self.language_model.logits(embeds, mask, index + rows * Q + Q - 1)
+        return self.language_model.logits(**self._reading(query_output, text))
+
+    def text_loss_sum(self, query_output: Tensor, text: Mapping[str, Tensor]) -> Tensor:
+        """Cross-entropy of the target tokens, summed: that of `text_logits`, never all in memory.
+
+        Args:
+            query_output: [B, Q, D].
+            text: as for `text_logits`, and "lm_targets" int64 [M], the tokens at "lm_index".
+
+        Returns:
+            Scalar, nats.
+        """
+        reading = self._reading(query_output, text)
+        return self.language_model.loss_sum(**reading, targets=text["lm_targets"])
 
     def logits_without_image(self, text: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """What the language model says by itself, without any query.
@@ -146,6 +145,20 @@ class Blip2Stage2(nn.Module):
         mask = mask.take_along_dim(order, dim=1)
         with torch.compiler.set_stance("force_eager"):  # a cache makes every block another one
             return self.language_model.generate(embeds, mask, **settings)
+
+    def _reading(self, query_output: Tensor, text: Mapping[str, Tensor]) -> dict[str, Any]:
+        """What the language model reads, as its methods take it."""
+        soft, index = self.soft_prompt(query_output), text["lm_index"]
+        embeds, mask = self._behind(soft, text["input_ids"], text["attention_mask"])
+        reading = {"inputs_embeds": embeds, "attention_mask": mask}
+        if self.language_model.is_encoder_decoder:
+            reading["decoder_input_ids"] = self._shifted(text["target_ids"])
+            reading["decoder_attention_mask"] = text["target_mask"]
+            return {**reading, "index": index}
+        Q, T = soft.shape[1], text["input_ids"].shape[1]
+        # text token t stands at position Q + t of its row, and the position before predicts it
+        rows = index.div(T, rounding_mode="floor")
+        return {**reading, "index": index + rows * Q + Q - 1}
 
     def _behind(self, soft: Tensor, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Queries, then text: embeddings [B, Q + T, Dl] and mask [B, Q + T]."""

@@ -25,7 +25,8 @@ from blip2_train.data.language_batch import collate_documents, collate_eval_docu
 from blip2_train.data.stream import EvalStream
 from blip2_train.distributed import World, all_reduce_sum
 from blip2_train.errors import UserError
-from blip2_train.models.language import random_model, target_logits
+from blip2_train.models.language import random_model
+from blip2_train.models.lm_head import target_logits
 from blip2_train.models.lm_masks import find_form, mask_inputs
 from blip2_train.models.lm_weights import save_model
 from blip2_train.seeding import stable_hash

@@ -63,21 +63,18 @@ def stage2_step(
     Args:
         model: the stage-2 model.
         image_embeds: [B, P, Dv] tokens of the frozen tower.
-        batch: the text as `Blip2Stage2.text_logits` takes it, and `lm_targets` int64 [M], the
-            tokens to predict.
+        batch: the text as `Blip2Stage2.text_loss_sum` takes it.
         normalise: "global" or "rank", see `mean_losses`.
         world: the ranks.
 
     Returns:
-        `loss` and `loss_lm`, the same scalar, nats per token; `query_output` [B, Q, D] and
-        `lm_logits` [M, V].
+        `loss` and `loss_lm`, the same scalar, nats per token; `query_output` [B, Q, D].
     """
     query_output = model.encode_image(model.qformer.project_image(image_embeds))
-    logits = model.text_logits(query_output, batch)
-    total = losses.lm_loss_sum(logits, batch["lm_targets"], smoothing=0.0)
+    total = model.text_loss_sum(query_output, batch)
     count = torch.full((), len(batch["lm_targets"]), device=total.device)
     out = mean_losses({"loss_lm": total}, {"loss_lm": count}, normalise, world)
-    return {"loss": out["loss_lm"], "query_output": query_output, "lm_logits": logits, **out}
+    return {"loss": out["loss_lm"], "query_output": query_output, **out}
 
 
 class Stage2Module(StageModule):

@@ -13,6 +13,7 @@ import hashlib
 import itertools
 import json
 import pickle
+import random
 from pathlib import Path
 
 import pytest
@@ -320,6 +321,29 @@ def test_both_sides_keep_their_ends_when_cut(t5):
     batch = seq2seq([sample(LONG, uniform=0.5)], t5, prompt="a photo of", max_text_tokens=3)
     assert tokens(batch["input_ids"][0], t5) == "▁a ▁photo </s>"
     assert tokens(batch["target_ids"][0], t5) == "▁dog ▁on </s>"
+
+
+# Shapes.
+
+
+@pytest.mark.parametrize("kind", ["opt", "t5"])
+def test_batches_take_few_shapes(kind, request):
+    """So a compiled model meets few, and a GPU's memory is cut into pieces of few sizes."""
+    text = request.getfixturevalue(kind)
+    generator = random.Random(0)
+    shapes = set()
+    for _ in range(300):
+        captions = [" ".join(generator.choices(WORDS, k=generator.randint(1, 40))) for _ in "abc"]
+        samples = [sample(c, uniform=generator.random(), number=i) for i, c in enumerate(captions)]
+        if kind == "opt":
+            batch = collate_causal(samples, [], text=text, max_text_tokens=32, prompt="", bucket=4)
+            shapes.add(tuple(batch["input_ids"].shape))
+        else:
+            batch = seq2seq(samples, text)
+            shapes.add((batch["input_ids"].shape[1], batch["target_ids"].shape[1]))
+    lengths = {length for shape in shapes for length in shape[1 if kind == "opt" else 0 :]}
+    assert lengths <= set(range(4, 33, 4))
+    assert 4 < len(shapes) <= (8 if kind == "opt" else 64)
 
 
 # Documents.

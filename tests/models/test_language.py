@@ -26,7 +26,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from blip2_train.errors import UserError
 from blip2_train.models import language, lm_identity, lm_weights
-from blip2_train.models.language import LanguageModel, download, random_model, target_logits
+from blip2_train.models.language import LanguageModel, download, random_model
+from blip2_train.models.lm_head import target_logits
+from blip2_train.models.lm_linear import let_gradients_through
 from blip2_train.models.lm_masks import find_form
 
 B, T, S, V, WIDTH = 2, 5, 4, 41, 32  # rows, positions, those of a decoder, vocabulary, width
@@ -112,7 +114,10 @@ def gradients(model: LanguageModel, given: dict[str, Tensor]) -> tuple[Tensor, T
 def test_logits_at_targets_are_those_of_the_library(kind: str) -> None:
     model = tiny(kind).double()
     given = inputs(model)
-    assert model._rows_only and model.dtype == torch.float64
+    assert (
+        model._head_form == ("rows" if kind == "gemma2" else "states")
+        and model.dtype == torch.float64
+    )
     ours = model.logits(**given)
     assert ours.shape == (4, V) == (4, model.vocab_size)
     whole = all_logits(model, given)
@@ -161,7 +166,11 @@ def test_heads_that_do_not_take_single_rows(
     monkeypatch.setattr(language, "random_model", with_such_a_head)
     with caplog.at_level(logging.INFO):
         model = tiny("llama")
-    assert not model._rows_only and said in caplog.text and "all logits are computed" in caplog.text
+    assert (
+        model._head_form == "whole"
+        and said in caplog.text
+        and "all logits are computed" in caplog.text
+    )
     given = inputs(model)
     wanted = all_logits(model, given).flatten(0, 1)[given["index"]]
     assert model.logits(**given).equal(wanted)
@@ -702,7 +711,7 @@ def test_torchao_int8_from_a_folder(folder: Path) -> None:
 def test_packed_weights_get_a_backward() -> None:
     pytest.importorskip("torchao")
     native, own = (tiny("opt", quantization="torchao_int8") for _ in range(2))
-    language._let_gradients_through(own.lm)  # as 4-bit layers, whose kernels have none
+    let_gradients_through(own.lm)  # as 4-bit layers, whose kernels have none
     given = inputs(native)
     for ours, wanted in zip(gradients(own, given), gradients(native, given), strict=True):
         torch.testing.assert_close(ours, wanted)
