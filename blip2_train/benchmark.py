@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import sys
 from pathlib import Path
@@ -50,6 +51,8 @@ def main(argv: list[str] | None = None) -> int:
 def run_model(args: argparse.Namespace) -> list[dict[str, Any]]:
     """A step, or the tower: see the module of `benchmarks` of this name."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler reports that there is no GPU
+    # torch warns of every enum that torchao registers when it is imported
+    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
     import torch
 
     from blip2_train.benchmarks import stage1, stage2, tower
@@ -57,7 +60,8 @@ def run_model(args: argparse.Namespace) -> list[dict[str, Any]]:
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     subject: Any = {"stage1": stage1, "stage2": stage2, "tower": tower}[args.subject]
-    return subject.run(args.preset, args.batch, args.device, args.rounds, args.overrides)
+    given = [args.preset, args.batch, args.device, args.rounds, args.overrides]
+    return subject.run(*given) if subject is tower else subject.run(*given, loader=args.loader)
 
 
 def run_loader(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -97,6 +101,11 @@ def _parser() -> argparse.ArgumentParser:
             "overrides", nargs="*", metavar="key=value", help="of the configuration of blip2-train"
         )
         command.set_defaults(run=run_model, subject=subject)
+        if subject != "tower":
+            command.add_argument(
+                "--loader", action="store_true",
+                help="steps in a row are fed from the configuration's data (default: from memory)",
+            )  # fmt: skip
     loader = commands.add_parser("loader", help="images from shards to batches")
     loader.add_argument(
         "--sizes", default="341x256,500x375,1365x1024",

@@ -24,6 +24,7 @@ from blip2_train.distributed import World
 from blip2_train.models.counting import saved_bytes
 from blip2_train.models.qformer import QFormer
 from blip2_train.models.stage1 import Blip2Stage1
+from blip2_train.prepare import main as prepare
 from blip2_train.train import compose
 from blip2_train.training.objectives import draw_uniform, stage1_step
 
@@ -106,8 +107,38 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert record["memory_ratio"] == pytest.approx(kept[0] / kept[1])
     parts = {"image", "queries, text, captions", "contrast", "negatives", "words", "matching"}
     assert record["parts"].keys() == parts
+    fed = record["in_a_row"]
+    assert fed["from"] == "memory"
+    for name in ("plain", "overlap"):
+        assert fed[name]["samples_per_second"] > 0 and 0 <= fed[name]["data_wait_share"] < 1
     table = capsys.readouterr().out
     assert "stage1 small: 3 samples" in table and "equal: losses differ by" in table
+
+
+@pytest.mark.parametrize("features", ["computed", "cached"])
+def test_steps_fed_from_shards(
+    features: str, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    tower = ["vision=tiny_random", "vision.name=test_vit", "vision.image_size=32"]
+    experiment = ["experiment=stage1_vitg", *tower]
+    assert prepare(["features", str(shards), *experiment, "--workers", "1"]) == 0
+    out = tmp_path / "stage1.json"
+    words = ["stage1", "--preset", "vitg", "--batch", "6", "--rounds", "1", "--device", "cpu"]
+    data = [
+        f"data.features={features}", "data=synthetic", f"text.tokenizer={shards / 'tokenizer'}",
+        f"data.sources.synthetic.shards={shards}", "data.num_workers=0", "data.crop_scale=null",
+        "data.flip=0", "text.vocab_size=null", "trainer.precision=32-true",
+    ]  # fmt: skip
+    given = [*words, "--loader", "--json", str(out), *TINY[2:-1], *tower, *data]
+    assert benchmark.main(given) == 0
+    (record,) = json.loads(out.read_text())
+    assert record["equal"] is True and record["in_a_row"]["from"] == "loader"
+    assert record["in_a_row"]["overlap"]["samples_per_second"] > 0
+    assert (record["ours"]["gflop_per_sample"]["tower"] > 0) is (features == "computed")
+    assert "fed from loader" in capsys.readouterr().out
+    missing = [word.replace(str(shards), "/nowhere") for word in given]
+    assert benchmark.main(missing) == 2
+    assert "there is no such folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

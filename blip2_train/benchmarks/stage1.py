@@ -11,13 +11,12 @@ from torch.profiler import ProfilerActivity, profile
 
 from blip2_train.benchmarks.presets import SMALL, Preset, find_device, record_head
 from blip2_train.benchmarks.sides import OURS
-from blip2_train.benchmarks.step import CAPTIONS, Mark, StepBench, run_steps
+from blip2_train.benchmarks.step import CAPTIONS, Mark, StepBench, random_images, run_steps
 from blip2_train.benchmarks.textbook import textbook_step
 from blip2_train.data.batch import lm_targets, text_bucket, text_tokens
 from blip2_train.distributed import World
 from blip2_train.models.stage1 import Blip2Stage1
 from blip2_train.training.objectives import LossConfig, draw_uniform, stage1_step
-from blip2_train.training.stage1 import Stage1
 
 PRESETS = {
     "small": Preset("stage1_vitg", 16, SMALL),
@@ -27,7 +26,13 @@ PRESETS = {
 
 
 def run(
-    preset: str, batch: int | None, device: str, rounds: int, overrides: Sequence[str]
+    preset: str,
+    batch: int | None,
+    device: str,
+    rounds: int,
+    overrides: Sequence[str],
+    *,
+    loader: bool = False,
 ) -> list[dict[str, Any]]:
     """Measure and print a table.
 
@@ -37,6 +42,7 @@ def run(
         device: "cpu", "cuda" or "auto".
         rounds: steps of each side that are measured.
         overrides: further `key=value` of the configuration.
+        loader: feed steps in a row from the configuration's data, not from memory.
 
     Returns:
         One record.
@@ -49,7 +55,7 @@ def run(
     bench = Bench(cfg, batch or found.batch, where)
     words = [*found.overrides, *overrides]
     head = record_head(f"stage1 {preset}", where, words, "timm", "torchao")
-    return run_steps(bench, head, rounds, bench.parts)
+    return run_steps(bench, head, rounds, loader=loader, parts=bench.parts)
 
 
 class Bench(StepBench):
@@ -60,7 +66,8 @@ class Bench(StepBench):
     def build_model(self) -> Blip2Stage1:
         """Image tower and Q-Former with its three heads."""
         self.loss = LossConfig({"itc": 1.0, "itm": 1.0, "lm": 1.0})
-        return Stage1(self.cfg).build_model(shapes_only=True)
+        model: Blip2Stage1 = self.stage.build_model(shapes_only=True)
+        return model
 
     def shapes(self) -> dict[str, Any]:
         """Of the batch and the model."""
@@ -82,17 +89,16 @@ class Bench(StepBench):
     def made_up(self, samples: int, seed: int) -> dict[str, Any]:
         """Random images and captions of 8 to 26 tokens, on the device."""
         generator = torch.Generator().manual_seed(seed)
-        settings, size = self.cfg["text"], self.model.vision.image_size
+        settings = self.cfg["text"]
         longest = settings["max_tokens"]
         low, high = (min(length, longest) for length in CAPTIONS)
         lengths = torch.randint(low, high + 1, (samples,), generator=generator)
         mask = (torch.arange(longest) < lengths[:, None]).long()
         words = self.model.dec_token_id
         ids = torch.randint(1, words, (samples, longest), generator=generator) * mask
-        image = torch.randint(256, (samples, 3, size, size), dtype=torch.uint8, generator=generator)
         uniform = draw_uniform(seed, 0, 0, samples, World())
         batch = {
-            "image": image,
+            "image": random_images(self.model.vision, samples, seed),
             "input_ids": ids,
             "attention_mask": mask,
             "image_id": torch.arange(samples),

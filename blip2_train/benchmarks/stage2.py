@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from blip2_train.benchmarks.presets import SMALL, Preset, find_device, record_head
 from blip2_train.benchmarks.sides import OURS
-from blip2_train.benchmarks.step import CAPTIONS, Mark, StepBench, run_steps
+from blip2_train.benchmarks.step import CAPTIONS, Mark, StepBench, random_images, run_steps
 from blip2_train.benchmarks.textbook_stage2 import textbook_queries, textbook_stage2_step
 from blip2_train.data.batch import text_bucket
 from blip2_train.distributed import World
@@ -20,7 +20,7 @@ from blip2_train.models import lm_weights
 from blip2_train.models.freezing import count_parameters
 from blip2_train.models.language import LanguageModel
 from blip2_train.models.stage2 import Blip2Stage2
-from blip2_train.training.stage2 import Stage2, stage2_step
+from blip2_train.training.stage2 import stage2_step
 
 # Language models for processors; their heads take as large a part of the arithmetic as OPT-2.7B's.
 SMALL_OPT = (
@@ -50,7 +50,13 @@ QUANTIZED = {"loss": 2e-2, "gradient": 1e-1}  # tolerance where weights cannot b
 
 
 def run(
-    preset: str, batch: int | None, device: str, rounds: int, overrides: Sequence[str]
+    preset: str,
+    batch: int | None,
+    device: str,
+    rounds: int,
+    overrides: Sequence[str],
+    *,
+    loader: bool = False,
 ) -> list[dict[str, Any]]:
     """Measure and print a table.
 
@@ -60,6 +66,7 @@ def run(
         device: "cpu", "cuda" or "auto".
         rounds: steps of each side that are measured.
         overrides: further `key=value` of the configuration.
+        loader: feed steps in a row from the configuration's data, not from memory.
 
     Returns:
         One record.
@@ -72,7 +79,7 @@ def run(
     bench = Bench(cfg, batch or found.batch, where)
     words = [*found.overrides, *overrides]
     head = record_head(f"stage2 {preset}", where, words, "timm", "transformers", "torchao")
-    return run_steps(bench, head, rounds)
+    return run_steps(bench, head, rounds, loader=loader)
 
 
 class MadeUpLanguageModel(LanguageModel):
@@ -102,7 +109,7 @@ class Bench(StepBench):
 
     def build_model(self) -> Blip2Stage2:
         """Image tower, Q-Former, projection and language model."""
-        model = Stage2(self.cfg).build_model(shapes_only=True, device=self.device)
+        model: Blip2Stage2 = self.stage.build_model(shapes_only=True, device=self.device)
         if model.language_model.quantization is not None:
             self.tolerance = QUANTIZED
         return model
@@ -135,8 +142,7 @@ class Bench(StepBench):
         `textbook` stands the text as the reference pads it.
         """
         generator = torch.Generator().manual_seed(seed)
-        size, longest = self.model.vision.image_size, self.cfg["text"]["max_tokens"]
-        image = torch.randint(256, (samples, 3, size, size), dtype=torch.uint8, generator=generator)
+        longest = self.cfg["text"]["max_tokens"]
         low, high = (min(length, longest) for length in CAPTIONS)
         lengths = torch.randint(low, high + 1, (samples,), generator=generator)
         if not self.model.language_model.is_encoder_decoder:
@@ -149,7 +155,11 @@ class Bench(StepBench):
             batch, textbook = {**batch, **said[0]}, {**textbook, **said[1]}
         ids, mask = list(batch.values())[-2:]
         index = mask.flatten().nonzero().squeeze(1)
-        batch |= {"image": image, "lm_index": index, "lm_targets": ids.flatten()[index]}
+        batch |= {
+            "image": random_images(self.model.vision, samples, seed),
+            "lm_index": index,
+            "lm_targets": ids.flatten()[index],
+        }
         return {**self._moved(batch), "textbook": self._moved(textbook)}
 
     def _texts(

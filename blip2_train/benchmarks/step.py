@@ -20,10 +20,13 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from blip2_train.benchmarks.clock import Clock
+from blip2_train.benchmarks.fed import check_data, fed_table, steps_in_a_row
 from blip2_train.benchmarks.sides import OURS, SIDES, TEXTBOOK, ratios, table
+from blip2_train.models.cached_tower import CachedTower, pack
 from blip2_train.models.counting import HostReads, saved_bytes
 from blip2_train.models.vision import VisionTower
 from blip2_train.training.compiling import compile_blocks, wants_compilation
+from blip2_train.training.fit import STAGES
 from blip2_train.training.monitor import matmul_ceiling
 from blip2_train.training.optimizer import parameter_groups
 
@@ -36,7 +39,12 @@ Mark = Callable[[str], None]
 
 
 def run_steps(
-    bench: StepBench, head: dict[str, Any], rounds: int, parts: Callable[[], dict] | None = None
+    bench: StepBench,
+    head: dict[str, Any],
+    rounds: int,
+    *,
+    loader: bool,
+    parts: Callable[[], dict] | None = None,
 ) -> list[dict[str, Any]]:
     """Compare, measure and print a table.
 
@@ -44,12 +52,15 @@ def run_steps(
         bench: of a stage.
         head: what the record begins with.
         rounds: steps of each side that are measured.
+        loader: feed steps in a row from the configuration's data, not from memory.
         parts: gives seconds of parts of our forward pass.
 
     Returns:
         One record.
     """
     console = Console(width=None if sys.stdout.isatty() else 120)
+    if loader:
+        check_data(bench)  # before anything takes long
     with console.status("comparing losses and gradients"):
         record = {**head, "shapes": bench.shapes(), **bench.compare()}
     with console.status("measuring"):
@@ -58,7 +69,10 @@ def run_steps(
         record["parts"] = parts()
     record |= {"ours": sides[OURS], "baseline": sides[TEXTBOOK]}
     record |= ratios(sides)
+    with console.status("measuring steps in a row"):
+        record["in_a_row"] = steps_in_a_row(bench, rounds, loader=loader)
     console.print(table(record))
+    console.print(fed_table(record["in_a_row"]))
     return [record]
 
 
@@ -71,6 +85,7 @@ class StepBench:
         device: that computes.
 
     Attributes:
+        stage: of the configuration.
         model: with a frozen tower `vision`, on the device and in training mode.
         tolerance: within which both sides must agree.
     """
@@ -79,6 +94,7 @@ class StepBench:
 
     def __init__(self, cfg: dict[str, Any], batch: int, device: torch.device) -> None:
         self.cfg, self.batch, self.device = cfg, batch, device
+        self.stage = STAGES[cfg["stage"]](cfg)
         self.model: Any = self.build_model().to(device).train()
         if wants_compilation(cfg["trainer"], cuda=device.type == "cuda"):
             compile_blocks(self.model)
@@ -283,7 +299,17 @@ def count_flops(function: Callable[[], Any]) -> int:
     return counter.get_total_flops()
 
 
-def tower_features(tower: VisionTower, side: str, image: Tensor) -> Tensor:
+def random_images(tower: VisionTower | CachedTower, samples: int, seed: int) -> Tensor:
+    """What the tower takes: pictures, or tokens of normal numbers as they are stored."""
+    generator = torch.Generator().manual_seed(seed)
+    if isinstance(tower, CachedTower):
+        tokens = torch.randn(samples, tower.num_tokens, tower.width, generator=generator)
+        return pack(tokens, tower.store)
+    pixels = samples, 3, tower.image_size, tower.image_size
+    return torch.randint(256, pixels, dtype=torch.uint8, generator=generator)
+
+
+def tower_features(tower: VisionTower | CachedTower, side: str, image: Tensor) -> Tensor:
     """Features of images; the reference multiplies attention out and compiles nothing."""
     if side == OURS:
         return tower(image)

@@ -81,7 +81,7 @@ class CachedTower(Frozen):
         self.name, self.weights = name, weights
         self.image_size, self.num_tokens, self.width = image_size, num_tokens, width
         self._digest = digest
-        self.stored_dtype = blank.dtype
+        self.store = "float8" if blank.dtype == torch.uint8 else str(blank.dtype)[len("torch.") :]
         self.register_buffer("_blank", unpack(blank, dtype), persistent=False)
         self.freeze()
 
@@ -100,8 +100,7 @@ class CachedTower(Frozen):
 
     def made_up(self, samples: int) -> Tensor:
         """Input of the right shape, zeros."""
-        width = self.width + (SCALE_BYTES if self.stored_dtype == torch.uint8 else 0)
-        return torch.zeros(samples, self.num_tokens, width, dtype=self.stored_dtype)
+        return pack(torch.zeros(samples, self.num_tokens, self.width), self.store)
 
     def digest(self) -> str:
         """SHA-256 of the weights of the tower that computed them."""

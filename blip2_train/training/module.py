@@ -108,7 +108,7 @@ class StageModule(pl.LightningModule, abc.ABC):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Loss of one micro-batch (one of `batch.accumulate` in an optimizer step)."""
-        batch = _arrived(batch) if READY in batch else self.see(batch)
+        batch = self.prepared(batch)
         world, step = current_world(), self.trainer.global_step
         part = batch_idx % self.batch.accumulate
         # seeded by the step: a resumed run needs no stored generator
@@ -117,6 +117,21 @@ class StageModule(pl.LightningModule, abc.ABC):
         # every step weighs the same, also where a resumed run cuts its batch in another way
         self.meter.add(out, weight=1 / (world.size * self.batch.accumulate))
         return out["loss"]
+
+    def prepared(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """A batch as `step` takes it; one that was prepared ahead is waited for, on the device.
+
+        Args:
+            batch: on the device, or from `overlap.Ahead`.
+        """
+        if READY not in batch:
+            return self.see(batch)
+        current = torch.cuda.current_stream()
+        current.wait_event(batch[READY])
+        for value in batch.values():
+            if isinstance(value, Tensor):
+                value.record_stream(current)  # its memory is the other stream's to reuse
+        return batch
 
     @torch.no_grad()
     def see(self, batch: dict[str, Any]) -> dict[str, Any]:
@@ -199,13 +214,3 @@ class StageModule(pl.LightningModule, abc.ABC):
             buffer.copy_(before)
         self.zero_grad(set_to_none=True)
         self.meter.sums = None
-
-
-def _arrived(batch: dict[str, Any]) -> dict[str, Any]:
-    """A batch that another stream prepared, once it is there; the host does not wait."""
-    current = torch.cuda.current_stream()
-    current.wait_event(batch[READY])
-    for value in batch.values():
-        if isinstance(value, Tensor):
-            value.record_stream(current)  # its memory is that stream's to reuse
-    return batch

@@ -17,6 +17,7 @@ def taken(batch: dict[str, Any]) -> dict[str, Any]:
         return {"loss": torch.zeros(())}
 
     module: Any = SimpleNamespace(
+        prepared=lambda batch: StageModule.prepared(module, batch),  # type: ignore[arg-type]
         see=lambda batch: StageModule.see(module, batch),  # type: ignore[arg-type]
         image_tokens=lambda image: None,
         trainer=SimpleNamespace(global_step=0),
