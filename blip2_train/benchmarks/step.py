@@ -80,6 +80,7 @@ class StepBench:
     def __init__(self, cfg: dict[str, Any], batch: int, device: torch.device) -> None:
         self.cfg, self.batch, self.device = cfg, batch, device
         self.model: Any = self.build_model().to(device).train()
+        self.model.vision.convert()
         if wants_compilation(cfg["trainer"], cuda=device.type == "cuda"):
             compile_blocks(self.model)
         settings = cfg["optimizer"]
@@ -289,6 +290,12 @@ def tower_features(tower: VisionTower, side: str, image: Tensor) -> Tensor:
         return tower(image)
     with explicit_attention(tower), torch.compiler.set_stance("force_eager"):
         return tower(image)
+
+
+def tower_name(tower: VisionTower) -> str:
+    """In what a tower computes."""
+    native = tower.precision == "native"
+    return str(tower.dtype).removeprefix("torch.") if native else tower.precision
 
 
 @contextlib.contextmanager
