@@ -56,9 +56,11 @@ def start_tower(vision: VisionTower | CachedTower, device: torch.device) -> None
     vision.to(device)
     image = made_up_pictures(PICTURES, vision.image_size).to(device)
     native = vision(image)
-    vision.convert()
     try:
+        vision.convert()
         similarity = token_similarity(native, vision(image))
+    except UserError:
+        raise
     except Exception as error:  # of torchao's and the device's own kinds
         raise UserError(
             f"vision.precision=float8: {vision.name} cannot be computed in it on this device "

@@ -148,6 +148,18 @@ def test_old_gpus_are_refused_before_anything_is_read(
     check_gpu({"stage": "lm"}, Launch(), cuda=True)
 
 
+@pytest.mark.gpu
+def test_a_gpu_computes_what_a_processor_does() -> None:
+    """Also where the processor converted it, which training does not do."""
+    image, twin = made_up_pictures(2, 32), tower()
+    twin.convert()
+    wanted = twin(image)
+    vision = tower()
+    start_tower(vision, torch.device("cuda"))
+    for converted in (vision, twin.cuda()):
+        assert token_similarity(converted(image.cuda()).cpu(), wanted) > float8.LEAST_SIMILARITY
+
+
 # -- whole runs ------------------------------------------------------------------------------------
 
 
