@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from blip2_train.benchmarks.clock import Clock
 from blip2_train.benchmarks.sides import OURS, SIDES, TEXTBOOK, ratios, table
+from blip2_train.models.cached_tower import CachedTower
 from blip2_train.models.counting import HostReads, saved_bytes
 from blip2_train.models.vision import VisionTower
 from blip2_train.training.compiling import compile_blocks, wants_compilation
@@ -96,7 +97,7 @@ class StepBench:
 
     # -- what a stage says ---------------------------------------------------------------------
 
-    def build_model(self) -> nn.Module:
+    def build_model(self) -> Any:
         """With random weights; nothing is downloaded."""
         raise NotImplementedError
 
@@ -292,7 +293,7 @@ def tower_features(tower: VisionTower, side: str, image: Tensor) -> Tensor:
         return tower(image)
 
 
-def tower_name(tower: VisionTower) -> str:
+def tower_name(tower: VisionTower | CachedTower) -> str:
     """In what a tower computes."""
     native = tower.precision == "native"
     return str(tower.dtype).removeprefix("torch.") if native else tower.precision

@@ -18,12 +18,14 @@ import yaml
 from forked import train
 from tiny import tiny_run, tiny_stage_runs, train_in_process
 from torch import Tensor, nn
-from whole_runs import last_checkpoint, rows
+from whole_runs import assert_same_end, last_checkpoint, rows
 
 from blip2_train.checkpoint import io
 from blip2_train.config import Launch, to_plain
+from blip2_train.data.features import tower_identity
 from blip2_train.errors import UserError
 from blip2_train.models.vision import VisionTower
+from blip2_train.prepare import main as prepare
 from blip2_train.train import compose
 from blip2_train.training import float8
 from blip2_train.training.dry_run import describe
@@ -145,7 +147,9 @@ def test_old_gpus_are_refused_before_anything_is_read(
     check_gpu(cfg, Launch(), cuda=False)
     cfg["vision"]["precision"] = "native"
     check_gpu(cfg, Launch(), cuda=True)
-    check_gpu({"stage": "lm"}, Launch(), cuda=True)
+    cfg["vision"]["precision"], cfg["data"]["features"] = "float8", "cached"
+    check_gpu(cfg, Launch(), cuda=True)
+    check_gpu({"data": cfg["data"]}, Launch(), cuda=True)  # no tower at all
 
 
 @pytest.mark.gpu
@@ -236,6 +240,34 @@ def test_two_ranks_train_in_it(finished: Path, shards: Path, tmp_path: Path) -> 
     assert "cosine with the native features" in said
     for ours, theirs in zip(rows(tmp_path / "two"), rows(finished / "float8"), strict=False):
         assert float(ours["train/loss"]) == pytest.approx(float(theirs["train/loss"]), abs=0.05)
+
+
+def test_cached_features_know_it(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Computed in float8 once, they train as the tower would; native ones are another cache."""
+    whole = {"data.crop_scale": "null", "data.flip": 0, "data.decode": "exact"} | FLOAT8
+    folder = shutil.copytree(shards, tmp_path / "shards")
+    # not the training's batch size: a token's scale is its own
+    overrides = tiny_run(folder, tmp_path, "none", **FLOAT8)
+    assert prepare(["features", str(folder), *overrides, "--workers", "1", "--batch", "16"]) == 0
+    for kind in ("computed", "cached"):
+        changes = whole | {"data.features": kind}
+        assert train_in_process([*tiny_run(folder, tmp_path, kind, **changes), *STEPS]) == 0
+    assert_same_end(tmp_path / "cached", tmp_path / "computed")
+    identities = [last_checkpoint(tmp_path / kind)["frozen"] for kind in ("cached", "computed")]
+    assert identities[0] == identities[1] and identities[0]["vision"]["precision"] == "float8"
+    changes = whole | {"data.features": "cached", "vision.precision": "native"}
+    capsys.readouterr()
+    assert train_in_process([*tiny_run(folder, tmp_path, "other", **changes), *STEPS]) == 2
+    assert "differs in vision.precision" in capsys.readouterr().err
+
+
+def test_native_features_of_before_are_found() -> None:
+    before = {"name": "test_vit", "weights": "random", "dtype": "bfloat16", "seed": 0}
+    now = {"_target_": "VisionTower", **before, "precision": "native"}
+    assert tower_identity(now) == tower_identity(before) == before
+    assert tower_identity(now | {"precision": "float8"}) == before | {"precision": "float8"}
 
 
 def test_stage_2_trains_in_it(shards: Path, tmp_path: Path) -> None:
