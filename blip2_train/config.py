@@ -228,6 +228,14 @@ def validate(cfg: Mapping[str, Any], world_size: int = 1) -> None:
     )
     if at(cfg, "data.features") == "cached":
         problems += _cache_problems(cfg)
+    if at(cfg, "vision.precision") == "float8":
+        dtype, precision = at(cfg, "vision.dtype"), at(cfg, "trainer.precision")
+        need(
+            dtype == "bfloat16" and precision != "64-true",
+            f"vision.precision=float8 gives features in bfloat16, which vision.dtype={dtype} and "
+            f"trainer.precision={precision} do not go with; set vision.dtype=bfloat16 and "
+            "trainer.precision=bf16-mixed or 32-true, or vision.precision=native",
+        )
     if at(cfg, "stage") == "clip" and is_number(temp := at(cfg, "model.temp")):
         need(temp >= 0.01, f"model.temp={temp} must be at least 0.01, where clip keeps it")
     if has(cfg, "causal_lm.config"):

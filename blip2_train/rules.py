@@ -22,6 +22,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "trainer.precision": ("32-true", "64-true", "bf16-mixed"),
     "trainer.accelerator": ("auto", "cpu", "gpu"),
     "vision.dtype": ("float32", "bfloat16"),
+    "vision.precision": ("native", "float8"),
     "data.caption": ("uniform", "first", "weighted"),
     "data.decode": ("fast", "exact"),
     "data.features": ("computed", "cached"),

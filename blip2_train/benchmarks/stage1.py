@@ -11,7 +11,14 @@ from torch.profiler import ProfilerActivity, profile
 
 from blip2_train.benchmarks.presets import SMALL, Preset, find_device, record_head
 from blip2_train.benchmarks.sides import OURS
-from blip2_train.benchmarks.step import CAPTIONS, Mark, StepBench, random_images, run_steps
+from blip2_train.benchmarks.step import (
+    CAPTIONS,
+    Mark,
+    StepBench,
+    random_images,
+    run_steps,
+    tower_name,
+)
 from blip2_train.benchmarks.textbook import textbook_step
 from blip2_train.data.batch import lm_targets, text_bucket, text_tokens
 from blip2_train.distributed import World
@@ -83,7 +90,7 @@ class Bench(StepBench):
             "text": self.cfg["text"]["max_tokens"],
             "captions": list(CAPTIONS),
             "precision": self.cfg["trainer"]["precision"],
-            "tower": str(vision.dtype).removeprefix("torch."),
+            "tower": tower_name(vision),
         }
 
     def made_up(self, samples: int, seed: int) -> dict[str, Any]:

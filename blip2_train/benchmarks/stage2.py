@@ -12,7 +12,14 @@ from transformers import PreTrainedModel
 
 from blip2_train.benchmarks.presets import SMALL, Preset, find_device, record_head
 from blip2_train.benchmarks.sides import OURS
-from blip2_train.benchmarks.step import CAPTIONS, Mark, StepBench, random_images, run_steps
+from blip2_train.benchmarks.step import (
+    CAPTIONS,
+    Mark,
+    StepBench,
+    random_images,
+    run_steps,
+    tower_name,
+)
 from blip2_train.benchmarks.textbook_stage2 import textbook_queries, textbook_stage2_step
 from blip2_train.data.batch import text_bucket
 from blip2_train.distributed import World
@@ -131,7 +138,7 @@ class Bench(StepBench):
             "text": self.cfg["text"]["max_tokens"],
             "captions": list(CAPTIONS),
             "precision": self.cfg["trainer"]["precision"],
-            "tower": str(vision.dtype).removeprefix("torch."),
+            "tower": tower_name(vision),
             "language": lm.quantization or str(lm.dtype).removeprefix("torch."),
         }
 

@@ -96,6 +96,8 @@ class StepBench:
         self.cfg, self.batch, self.device = cfg, batch, device
         self.stage = STAGES[cfg["stage"]](cfg)
         self.model: Any = self.build_model().to(device).train()
+        if isinstance(self.model.vision, VisionTower):
+            self.model.vision.convert()
         if wants_compilation(cfg["trainer"], cuda=device.type == "cuda"):
             compile_blocks(self.model)
         settings = cfg["optimizer"]
@@ -111,7 +113,7 @@ class StepBench:
 
     # -- what a stage says ---------------------------------------------------------------------
 
-    def build_model(self) -> nn.Module:
+    def build_model(self) -> Any:
         """With random weights; nothing is downloaded."""
         raise NotImplementedError
 
@@ -315,6 +317,12 @@ def tower_features(tower: VisionTower | CachedTower, side: str, image: Tensor) -
         return tower(image)
     with explicit_attention(tower), torch.compiler.set_stance("force_eager"):
         return tower(image)
+
+
+def tower_name(tower: VisionTower | CachedTower) -> str:
+    """In what a tower computes."""
+    native = tower.precision == "native"
+    return str(tower.dtype).removeprefix("torch.") if native else tower.precision
 
 
 @contextlib.contextmanager

@@ -20,7 +20,8 @@ from torch import Tensor
 from blip2_train.benchmarks.clock import Clock
 from blip2_train.benchmarks.presets import SMALL, Preset, find_device, record_head
 from blip2_train.benchmarks.sides import OURS, SIDES, TEXTBOOK, Row, comparison
-from blip2_train.benchmarks.step import WARM_UP, count_flops, explicit_attention
+from blip2_train.benchmarks.step import WARM_UP, count_flops, explicit_attention, tower_name
+from blip2_train.models.counting import stored_bytes
 from blip2_train.models.vision import VisionTower
 from blip2_train.training.build import instantiate_group
 from blip2_train.training.compiling import compile_blocks, wants_compilation
@@ -85,6 +86,7 @@ class Bench:
             side: instantiate_group("vision", of_side).to(device)
             for side, of_side in ((OURS, settings), (TEXTBOOK, plain))
         }
+        self.towers[OURS].convert()
         if wants_compilation(cfg["trainer"], cuda=device.type == "cuda"):
             compile_blocks(self.towers[OURS])
 
@@ -96,7 +98,7 @@ class Bench:
             "image": tower.image_size,
             "tokens": tower.num_tokens,
             "width": tower.width,
-            "tower": str(tower.dtype).removeprefix("torch."),
+            "tower": tower_name(tower),
         }
 
     def images(self, count: int, seed: int) -> Tensor:
@@ -158,7 +160,7 @@ class Bench:
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         self.features(side, images)
-        weights = sum(tensor.nbytes for tensor in self.towers[side].state_dict().values())
+        weights = stored_bytes(self.towers[side])
         return (torch.cuda.max_memory_allocated() - before + weights) / 2**20
 
 

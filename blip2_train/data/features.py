@@ -107,7 +107,10 @@ def tower_identity(vision: Mapping[str, Any]) -> dict[str, Any]:
         if not Path(weights).is_file():
             raise UserError(f"vision.weights={weights} is no file; give a file of timm weights")
         weights = f"sha256:{file_sha256(Path(weights))}"
-    return {**{k: v for k, v in vision.items() if k != "_target_"}, "weights": weights}
+    # as it was before there was another precision, so that features of then are found
+    same = {"_target_": vision.get("_target_"), "precision": "native"}
+    depends = {key: value for key, value in vision.items() if same.get(key) != value}
+    return {**depends, "weights": weights}
 
 
 def features_folder(folder: str | Path, tower: Mapping[str, Any]) -> Path:
@@ -305,9 +308,9 @@ def read_file(path: Path, shard: StoredShard | None = None, table: Table | None 
         raise ShardError(f"{path} cannot be read ({error}); {remedy}") from None
     if table is not None and stored.key != table.key:
         raise ShardError(f"{path} is of another tower than {TABLE} beside it; {remedy}")
-    if shard is not None:
-        if stored.tar != shard.sha256 or len(stored.tokens) != shard.samples:
-            raise ShardError(f"{path} is of another shard than {shard.location}; {remedy}")
+    of = (stored.tar, len(stored.tokens))
+    if shard is not None and of != (shard.sha256, shard.samples):
+        raise ShardError(f"{path} is of another shard than {shard.location}; {remedy}")
     return stored
 
 

@@ -63,6 +63,7 @@ class CachedTower(Frozen):
         width: Dv.
         dtype: of the features.
         blank: stored as tokens are, [1, P, Dv], of `vision.blank_image`.
+        precision: in which the tower computed them, see `VisionTower`.
     """
 
     def __init__(
@@ -76,10 +77,12 @@ class CachedTower(Frozen):
         width: int,
         dtype: torch.dtype,
         blank: Tensor,
+        precision: str = "native",
     ) -> None:
         super().__init__()
         self.name, self.weights = name, weights
         self.image_size, self.num_tokens, self.width = image_size, num_tokens, width
+        self.precision = precision
         self._digest = digest
         self.store = "float8" if blank.dtype == torch.uint8 else str(blank.dtype)[len("torch.") :]
         self.register_buffer("_blank", unpack(blank, dtype), persistent=False)

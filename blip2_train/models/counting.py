@@ -4,8 +4,19 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
+
+
+def stored_bytes(module: nn.Module) -> int:
+    """Bytes of a module's weights as they are stored, quantized ones with their scales."""
+    total = 0
+    for tensor in module.state_dict().values():
+        if is_traceable_wrapper_subclass(tensor):
+            total += sum(getattr(tensor, name).nbytes for name in tensor.__tensor_flatten__()[0])
+        else:
+            total += tensor.nbytes
+    return total
 
 
 def saved_bytes(loss: Callable[[], Any], parameters: Iterable[Tensor]) -> int:

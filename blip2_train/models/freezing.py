@@ -77,7 +77,8 @@ def parameter_table(model: nn.Module, depth: int = 2) -> list[dict[str, str | in
     for name, parameter in model.named_parameters():
         parts = name.split(".")
         module = ".".join(parts[: min(depth, max(len(parts) - 1, 1))])
-        key = (module, parameter.requires_grad, parameter.dtype)
+        stored = getattr(parameter, "qdata", parameter).dtype  # torchao's say what they stand for
+        key = (module, parameter.requires_grad, stored)
         rows[key] = rows.get(key, 0) + parameter.numel()
     return [
         {

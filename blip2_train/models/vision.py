@@ -19,9 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from blip2_train.errors import UserError
+from blip2_train.models import float8
 from blip2_train.models.freezing import Frozen, state_digest
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+PRECISIONS = ("native", "float8")
 
 
 class VisionTower(Frozen):
@@ -35,11 +37,14 @@ class VisionTower(Frozen):
             a file of timm weights, for machines without a network.
         drop_last_block: take the second last block's output; only for transformers.
         dtype: "float32" or "bfloat16", in which weights are stored and features are computed.
+        precision: "native", which is `dtype`, or "float8": linear layers compute in float8 from
+            `convert` on, features stay in `dtype`, which must be bfloat16.
         seed: of the random weights: they are not in checkpoints, so each start draws them again.
         options: further arguments of the timm model, such as its depth.
 
     Raises:
-        UserError: the model or the weights cannot be had, or there is no block to drop.
+        UserError: the model or the weights cannot be had, there is no block to drop, or nothing
+            that float8 could compute.
     """
 
     def __init__(
@@ -50,12 +55,15 @@ class VisionTower(Frozen):
         weights: str = "pretrained",
         drop_last_block: bool = True,
         dtype: str = "float32",
+        precision: str = "native",
         seed: int = 0,
         options: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
+        _check_precision(precision, dtype)
         self.name = name
         self.weights = weights
+        self.precision = precision
         self.tower = create_tower(
             name,
             image_size=image_size,
@@ -65,6 +73,12 @@ class VisionTower(Frozen):
             options=options,
         )
         self.image_size, self.mean, self.std = expected_input(self.tower, image_size)
+        if precision == "float8" and not float8.suitable_linears(self.tower):
+            raise UserError(
+                f"vision.precision=float8: {name} has no linear layer whose sizes are multiples of "
+                f"{float8.MULTIPLE}; set vision.precision=native"
+            )
+        self._digest: str | None = None  # of the weights before `convert`
         self.tower.to(DTYPES[dtype])
         self.freeze()
         shape = feature_shape(image_tokens, self.tower, self.image_size, name=name)
@@ -106,9 +120,28 @@ class VisionTower(Frozen):
         """
         return 8 * self.num_tokens * self.width * self.dtype.itemsize
 
+    def convert(self) -> None:
+        """Goes over to `precision` on the device where the weights are; "native" needs nothing.
+
+        A step of its own and not the end of construction: training compares the features before
+        and after it on the device that trains, and a GPU rounds a billion weights at once.
+
+        Raises:
+            UserError: the device has no float8 products.
+        """
+        if self.precision == "native" or self._digest is not None:
+            return
+        float8.check_device(next(self.tower.parameters()).device)
+        digest = self.digest()
+        float8.quantize_linears(self.tower)
+        self._digest = digest
+
     def digest(self) -> str:
-        """SHA-256 of the tower's weights: the identity that a checkpoint records in their place."""
-        return state_digest(self.tower.state_dict())
+        """SHA-256 of the tower's weights, be they converted since or not.
+
+        The identity that a checkpoint records in their place.
+        """
+        return self._digest or state_digest(self.tower.state_dict())
 
 
 def blank_image(mean: Sequence[float], size: int) -> Tensor:
@@ -252,6 +285,18 @@ def feature_shape(
         return torch.func.functional_call(Features(), state, (blank,)).shape
     except AssertionError as error:  # timm's checks of the input's size
         raise UserError(f"{key}.image_size={image_size} does not suit {name}: {error}") from error
+
+
+def _check_precision(precision: str, dtype: str) -> None:
+    if precision not in PRECISIONS:
+        raise UserError(f"vision.precision={precision} must be one of {', '.join(PRECISIONS)}")
+    if precision == "float8":
+        if dtype != "bfloat16":
+            raise UserError(
+                f"vision.precision=float8 gives features in bfloat16, and vision.dtype={dtype}; "
+                "set vision.dtype=bfloat16"
+            )
+        float8.check_package()
 
 
 def _create(

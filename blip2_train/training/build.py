@@ -106,6 +106,7 @@ def build_vision(
             width=table.width,
             dtype=DTYPES[table.dtype],
             blank=features.blank,
+            precision=table.tower.get("precision", "native"),
         )
     settings = dict(cfg["vision"])
     if shapes_only:
@@ -121,13 +122,15 @@ def build_vision(
             width=vision.width,
             dtype=vision.dtype,
             blank=torch.zeros(1, vision.num_tokens, vision.width, dtype=vision.dtype),
+            precision=vision.precision,
         )
     return vision
 
 
 def tower_identity(vision: VisionTower | CachedTower) -> dict[str, str]:
-    """What checkpoints hold in place of the tower's weights."""
-    return {"name": vision.name, "weights": vision.weights, "digest": vision.digest()}
+    """What checkpoints hold in place of the tower's weights; its precision if it is not native."""
+    identity = {"name": vision.name, "weights": vision.weights, "digest": vision.digest()}
+    return identity if vision.precision == "native" else identity | {"precision": vision.precision}
 
 
 def made_up_text(words: int, samples: int = 2, rank: int = 0) -> dict[str, Any]:

@@ -42,6 +42,7 @@ from blip2_train.models.vision import VisionTower
 from blip2_train.training.build import instantiate_group
 from blip2_train.training.compiling import compile_blocks
 from blip2_train.training.feeding import start_loader_process
+from blip2_train.training.float8 import start_tower
 
 Place = tuple[int, int]  # shard, image in it
 
@@ -126,6 +127,7 @@ def write_features(
         )
     place.mkdir(exist_ok=True)
     tower.to(device)
+    start_tower(tower, device)
     if device.type == "cuda":
         compile_blocks(tower)
     if launch.rank == 0:

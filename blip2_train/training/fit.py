@@ -43,6 +43,7 @@ from blip2_train.training.feeding import (
     train_stream,
     validation_images,
 )
+from blip2_train.training.float8 import check_gpu
 from blip2_train.training.lm import LmStage
 from blip2_train.training.lock import RunLock
 from blip2_train.training.module import StageModule
@@ -104,6 +105,7 @@ def fit(cfg: Mapping[str, Any], launch: Launch, *, patient: bool = False) -> Pat
     """
     cuda = use_cuda(cfg["trainer"]["accelerator"])
     check_devices(cfg["trainer"]["devices"], launch, cuda)
+    check_gpu(cfg, launch, cuda)
     environment = cluster_environment(launch)
     world = distributed.start(
         launch.rank,
@@ -165,10 +167,12 @@ def _train(
         state.go_on_from(resume)
 
     # 2. model, data, trainer
-    model = stage.build_model(device=torch.device("cuda", launch.local_rank) if cuda else None)
+    device = torch.device("cuda", launch.local_rank) if cuda else torch.device("cpu")
+    model = stage.build_model(device=device if cuda else None)
     frozen = on_rank_zero(functools.partial(stage.frozen_parts, model), world)
     check_frozen(frozen, resume, path)
     state.frozen |= frozen
+    on_every_rank(functools.partial(stage.start_frozen, model, device), world)
     module = build_module(cfg, stage, model, batch, resume, path)
     if wants_compilation(cfg["trainer"], cuda=cuda):
         compile_blocks(model)

@@ -40,6 +40,7 @@ def load_run(folder: Path, changes: Mapping[str, Any] | None = None) -> tuple[St
     cfg["validation"] |= changes or {}
     stage = STAGES[cfg["stage"]](cfg)
     model = stage.build_model()
+    stage.start_frozen(model, torch.device("cpu"))  # the features that it was trained with
     load_trained(model, io.load(path)["model"], stage.frozen_prefixes, path)
     model.requires_grad_(False)
     model.eval()

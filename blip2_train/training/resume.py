@@ -155,6 +155,8 @@ def check_configuration(resume: Mapping[str, Any], cfg: Mapping[str, Any], world
         UserError: something changed that may not.
     """
     saved = {"stage": "stage1", **yaml.safe_load(resume["config"])}  # 0.1 knew no other stage
+    if "vision" in saved:  # and no other precision
+        saved["vision"] = {"precision": "native", **saved["vision"]}
     for change in compare_for_resume(saved, cfg, cfg["resume"]["allow"]):
         log.info("changed since the checkpoint: %s", change)
     if resume["world_size"] != world_size:
@@ -206,12 +208,12 @@ def check_frozen(
     """Compares the frozen parts' identities with the checkpoint's.
 
     Args:
-        parts: {part: {"name", "weights", "digest"}}.
+        parts: {part: {"name", "weights", "digest"}}, and "precision" where it is not native.
         resume: content of the checkpoint, None for a new run.
         path: of the checkpoint.
 
     Raises:
-        UserError: one has other weights.
+        UserError: one has other weights, or computes with them in another precision.
     """
     for part, identity in parts.items():
         saved = resume["frozen"][part] if resume is not None else identity
@@ -219,4 +221,10 @@ def check_frozen(
             raise UserError(
                 f"{part} ({identity['name']}) has other weights than the one that {path} was "
                 f"trained with ({saved['name']}, {saved['weights']}); set {part}.* as it was"
+            )
+        before, now = (each.get("precision", "native") for each in (saved, identity))
+        if before != now:
+            raise UserError(
+                f"{part}.precision={now}, and {path} was trained with {before}; set "
+                f"{part}.precision={before}, or give the run a new run.name"
             )

@@ -74,6 +74,13 @@ class Stage(abc.ABC):
         """Identity of every frozen part, {part: {name, weights, digest}}."""
         return {}
 
+    def start_frozen(self, model: Any, device: torch.device) -> None:
+        """Brings frozen parts into the precision that they compute in, on the device that trains.
+
+        Raises:
+            UserError: this device or these weights do not allow it.
+        """
+
     @abc.abstractmethod
     def build_module(self, model: Any, batch: BatchPlan) -> StageModule:
         """The Lightning module around the model."""

@@ -21,6 +21,7 @@ from blip2_train.training.build import (
     seed_weights,
     tower_identity,
 )
+from blip2_train.training.float8 import start_tower
 from blip2_train.training.meter import Level, Meter
 from blip2_train.training.module import StageModule
 from blip2_train.training.objectives import (
@@ -139,6 +140,10 @@ class Stage1(BertTextStage):
     def frozen_parts(self, model: Blip2Stage1) -> dict[str, dict[str, str]]:
         """The image tower."""
         return {"vision": tower_identity(model.vision)}
+
+    def start_frozen(self, model: Blip2Stage1, device: torch.device) -> None:
+        """The image tower, where it computes in float8."""
+        start_tower(model.vision, device)
 
     def build_module(self, model: Blip2Stage1, batch: BatchPlan) -> Stage1Module:
         """The Lightning module."""

@@ -35,6 +35,7 @@ from blip2_train.training.build import (
     seed_weights,
     tower_identity,
 )
+from blip2_train.training.float8 import start_tower
 from blip2_train.training.meter import Level, Meter
 from blip2_train.training.module import StageModule
 from blip2_train.training.objectives import mean_losses
@@ -234,6 +235,10 @@ class Stage2(Stage):
             "vision": tower_identity(model.vision),
             "language_model": model.language_model.identity(),
         }
+
+    def start_frozen(self, model: Blip2Stage2, device: torch.device) -> None:
+        """The image tower, where it computes in float8."""
+        start_tower(model.vision, device)
 
     def build_module(self, model: Blip2Stage2, batch: BatchPlan) -> Stage2Module:
         """The Lightning module."""
