@@ -7,6 +7,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
 from blip2_train.config import BatchPlan
@@ -128,9 +129,8 @@ class StageModule(pl.LightningModule, abc.ABC):
             return self.see(batch)
         current = torch.cuda.current_stream()
         current.wait_event(batch[READY])
-        for value in batch.values():
-            if isinstance(value, Tensor):
-                value.record_stream(current)  # its memory is the other stream's to reuse
+        # their memory is the other stream's to reuse
+        apply_to_collection(batch, Tensor, lambda tensor: tensor.record_stream(current))
         return batch
 
     @torch.no_grad()

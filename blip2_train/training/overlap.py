@@ -5,10 +5,12 @@ forward pass then go to a stream of their own, and fill what the Q-Former's many
 forward, backward and optimizer, leave of the device. On a CPU the same is computed, in turn.
 """
 
+import functools
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
 from blip2_train.training.module import READY, StageModule
@@ -45,7 +47,6 @@ class Ahead:
 
 def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """A batch whose tensors are on their way to the device; from pinned memory, nobody waits."""
-    return {
-        name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
-        for name, value in batch.items()
-    }
+    move = functools.partial(Tensor.to, device=device, non_blocking=True)
+    moved: dict[str, Any] = apply_to_collection(batch, Tensor, move)
+    return moved
