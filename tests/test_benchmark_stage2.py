@@ -14,6 +14,7 @@ import pytest
 import torch
 from language_steps import OPT, T5, VOCAB, N, T, stage2, texts
 from tiny import PATCHES, WIDTH
+from torch import nn
 
 from blip2_train import benchmark
 from blip2_train.benchmarks import stage1, tower
@@ -24,6 +25,7 @@ from blip2_train.distributed import World
 from blip2_train.models.counting import saved_bytes
 from blip2_train.models.freezing import count_parameters
 from blip2_train.models.language import LanguageModel
+from blip2_train.models.linear import Linear
 from blip2_train.training.stage2 import stage2_step
 
 TINY = [
@@ -43,7 +45,9 @@ def tiny_words(preset: str) -> list[str]:
 def test_textbook_and_ours_agree(config: dict[str, Any]) -> None:
     model, batch = stage2(config), texts(slice(0, N), encoder=config is T5)
     embeds = torch.randn(N, PATCHES, WIDTH, dtype=torch.float64)
-    usual = model.language_model.lm.config._attn_implementation
+    lm = model.language_model.lm
+    kinds = [type(module) for module in lm.modules()]
+    assert Linear in kinds and nn.Linear not in kinds
     found = []
     for side in ("ours", "textbook"):
         model.zero_grad()
@@ -59,7 +63,9 @@ def test_textbook_and_ours_agree(config: dict[str, Any]) -> None:
     assert our_gradients.keys() == their_gradients.keys()
     for name, gradient in their_gradients.items():
         torch.testing.assert_close(our_gradients[name], gradient, atol=1e-6, rtol=1e-4, msg=name)
-    assert model.language_model.lm.config._attn_implementation == usual == "sdpa"
+    # the textbook step leaves the model as it was
+    assert lm.config._attn_implementation == "sdpa"
+    assert [type(module) for module in lm.modules()] == kinds
 
 
 def test_textbook_does_the_references_arithmetic() -> None:
