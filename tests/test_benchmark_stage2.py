@@ -99,8 +99,21 @@ def test_what_is_kept_and_computed(preset: str) -> None:
     flops = {side: bench.flops(side) for side in kept}
     assert flops["ours"].keys() == {"tower", "qformer", "language model"}
     assert flops["ours"]["tower"] == flops["textbook"]["tower"] > 0
+    # texts of similar length are read together, and the vocabulary only where there is a target
+    assert flops["ours"]["language model"] < 0.97 * flops["textbook"]["language model"]
     # keys and values of the image have no gradient to `ln_vision`
     assert flops["ours"]["qformer"] < 0.9 * flops["textbook"]["qformer"]
+
+
+def test_each_phase_ends_once() -> None:
+    words = [*tiny_words("small"), *subject.FIXED]
+    bench = subject.Bench(subject.PRESETS["small"].compose(words), 16, torch.device("cpu"))
+    batch = bench.made_up(16, seed=0)
+    assert len(batch["parts"]) == 2
+    phases: list[str] = []
+    for side in ("ours", "textbook"):
+        bench.losses(side, bench.features(side, batch), batch, phases.append)
+    assert phases == 2 * ["qformer", "language model"]
 
 
 @pytest.mark.parametrize("preset", ["small", "small_t5"])
