@@ -176,7 +176,7 @@ def test_presets_are_offered() -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["language_model.weigths=random"], "language_model.weigths"),
+        (["language_model.weightz=random"], "language_model.weightz"),
         (["language_model.config={model_type: nothing}"], "nothing is unknown to transformers"),
         (["text.prefix=random_split"], "text.prefix=random_split splits a caption"),
     ],
