@@ -68,6 +68,7 @@ COUNTS = {
     "schedule.warmup_steps": 0,
     "text.bucket": 1,
     "text.max_tokens": 3,
+    "text.parts": 1,
     "trainer.devices": 1,
     "trainer.log_every": 1,
     "trainer.max_consecutive_skips": 1,

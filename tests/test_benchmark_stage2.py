@@ -14,6 +14,7 @@ import pytest
 import torch
 from language_steps import OPT, T5, VOCAB, N, T, stage2, texts
 from tiny import PATCHES, WIDTH
+from torch import nn
 
 from blip2_train import benchmark
 from blip2_train.benchmarks import stage1, tower
@@ -24,6 +25,7 @@ from blip2_train.distributed import World
 from blip2_train.models.counting import saved_bytes
 from blip2_train.models.freezing import count_parameters
 from blip2_train.models.language import LanguageModel
+from blip2_train.models.linear import Linear
 from blip2_train.training.stage2 import stage2_step
 
 TINY = [
@@ -43,7 +45,9 @@ def tiny_words(preset: str) -> list[str]:
 def test_textbook_and_ours_agree(config: dict[str, Any]) -> None:
     model, batch = stage2(config), texts(slice(0, N), encoder=config is T5)
     embeds = torch.randn(N, PATCHES, WIDTH, dtype=torch.float64)
-    usual = model.language_model.lm.config._attn_implementation
+    lm = model.language_model.lm
+    kinds = [type(module) for module in lm.modules()]
+    assert Linear in kinds and nn.Linear not in kinds
     found = []
     for side in ("ours", "textbook"):
         model.zero_grad()
@@ -59,7 +63,9 @@ def test_textbook_and_ours_agree(config: dict[str, Any]) -> None:
     assert our_gradients.keys() == their_gradients.keys()
     for name, gradient in their_gradients.items():
         torch.testing.assert_close(our_gradients[name], gradient, atol=1e-6, rtol=1e-4, msg=name)
-    assert model.language_model.lm.config._attn_implementation == usual == "sdpa"
+    # the textbook step leaves the model as it was
+    assert lm.config._attn_implementation == "sdpa"
+    assert [type(module) for module in lm.modules()] == kinds
 
 
 def test_textbook_does_the_references_arithmetic() -> None:
@@ -93,8 +99,21 @@ def test_what_is_kept_and_computed(preset: str) -> None:
     flops = {side: bench.flops(side) for side in kept}
     assert flops["ours"].keys() == {"tower", "qformer", "language model"}
     assert flops["ours"]["tower"] == flops["textbook"]["tower"] > 0
+    # texts of similar length are read together, and the vocabulary only where there is a target
+    assert flops["ours"]["language model"] < 0.97 * flops["textbook"]["language model"]
     # keys and values of the image have no gradient to `ln_vision`
     assert flops["ours"]["qformer"] < 0.9 * flops["textbook"]["qformer"]
+
+
+def test_each_phase_ends_once() -> None:
+    words = [*tiny_words("small"), *subject.FIXED]
+    bench = subject.Bench(subject.PRESETS["small"].compose(words), 16, torch.device("cpu"))
+    batch = bench.made_up(16, seed=0)
+    assert len(batch["parts"]) == 2
+    phases: list[str] = []
+    for side in ("ours", "textbook"):
+        bench.losses(side, bench.features(side, batch), batch, phases.append)
+    assert phases == 2 * ["qformer", "language model"]
 
 
 @pytest.mark.parametrize("preset", ["small", "small_t5"])
@@ -157,7 +176,7 @@ def test_presets_are_offered() -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["language_model.weigths=random"], "language_model.weigths"),
+        (["language_model.weightz=random"], "language_model.weightz"),
         (["language_model.config={model_type: nothing}"], "nothing is unknown to transformers"),
         (["text.prefix=random_split"], "text.prefix=random_split splits a caption"),
     ],

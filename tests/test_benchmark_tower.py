@@ -71,7 +71,10 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
 
 @pytest.mark.parametrize(
     ("words", "said"),
-    [(["vision.nam=x"], "vision.nam"), (["vision.name=no_such"], "no_such is not a timm model")],
+    [
+        (["vision.namez=x"], "vision.namez"),
+        (["vision.name=no_such"], "no_such is not a timm model"),
+    ],
 )
 def test_mistakes_are_one_sentence(
     words: list[str], said: str, capsys: pytest.CaptureFixture

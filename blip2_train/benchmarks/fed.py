@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning_utilities.core.apply_func import apply_to_collection
 from rich.table import Table
 from torch import Tensor
 
@@ -103,11 +104,9 @@ def _in_memory(bench: StepBench) -> Iterator[dict[str, Any]]:
     """The same few made-up batches again and again."""
     batches = []
     for seed in range(DIFFERENT):
-        batch = bench.made_up(bench.batch, seed)
-        host = {name: v.cpu() for name, v in batch.items() if isinstance(v, Tensor)}
-        if bench.device.type == "cuda":
-            host = {name: tensor.pin_memory() for name, tensor in host.items()}
-        batches.append(host)
+        batch = to_device(bench.made_up(bench.batch, seed), torch.device("cpu"))
+        pinned = bench.device.type == "cuda"
+        batches.append(apply_to_collection(batch, Tensor, Tensor.pin_memory) if pinned else batch)
     return itertools.cycle(batches)
 
 

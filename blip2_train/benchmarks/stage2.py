@@ -22,6 +22,7 @@ from blip2_train.benchmarks.step import (
 )
 from blip2_train.benchmarks.textbook_stage2 import textbook_queries, textbook_stage2_step
 from blip2_train.data.batch import text_bucket
+from blip2_train.data.language_parts import LEAST, text_parts
 from blip2_train.distributed import World
 from blip2_train.models import lm_weights
 from blip2_train.models.freezing import count_parameters
@@ -113,6 +114,7 @@ class Bench(StepBench):
     """See `StepBench`. The step's phases are `qformer` and `language model`."""
 
     model: Blip2Stage2
+    counted = 4 * LEAST  # so that they make four parts
 
     def build_model(self) -> Blip2Stage2:
         """Image tower, Q-Former, projection and language model."""
@@ -162,12 +164,14 @@ class Bench(StepBench):
             batch, textbook = {**batch, **said[0]}, {**textbook, **said[1]}
         ids, mask = list(batch.values())[-2:]
         index = mask.flatten().nonzero().squeeze(1)
-        batch |= {
-            "image": random_images(self.model.vision, samples, seed),
-            "lm_index": index,
-            "lm_targets": ids.flatten()[index],
+        batch |= {"lm_index": index, "lm_targets": ids.flatten()[index]}
+        parts = text_parts(batch, self.cfg["text"]["parts"], self.cfg["text"]["bucket"])
+        image = random_images(self.model.vision, samples, seed)
+        return {
+            **self._moved({"image": image, **batch}),
+            "parts": [self._moved(part) for part in parts],
+            "textbook": self._moved(textbook),
         }
-        return {**self._moved(batch), "textbook": self._moved(textbook)}
 
     def _texts(
         self, lengths: Tensor, generator: torch.Generator, ids: str, mask: str
@@ -188,14 +192,16 @@ class Bench(StepBench):
         self, side: str, features: Tensor, batch: dict[str, Any], mark: Mark
     ) -> dict[str, Tensor]:
         """The projection begins what the language model takes."""
-        handle = self.model.lm_proj.register_forward_pre_hook(lambda *_: mark("qformer"))
-        try:
-            if side == OURS:
-                out = stage2_step(self.model, features, batch, "global", World())
-            else:
-                out = textbook_stage2_step(self.model, features, batch["textbook"])
-        finally:
-            handle.remove()
+
+        def at_projection(*_: Any) -> None:
+            handle.remove()  # there may be several parts, and this ends but one phase
+            mark("qformer")
+
+        handle = self.model.lm_proj.register_forward_pre_hook(at_projection)
+        if side == OURS:
+            out = stage2_step(self.model, features, batch, "global", World())
+        else:
+            out = textbook_stage2_step(self.model, features, batch["textbook"])
         mark("language model")
         return out
 

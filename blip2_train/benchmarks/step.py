@@ -31,7 +31,7 @@ from blip2_train.training.monitor import matmul_ceiling
 from blip2_train.training.optimizer import parameter_groups
 
 CAPTIONS = (8, 26)  # tokens of a caption, drawn uniformly
-COUNTED = 4  # samples whose arithmetic is counted, and whose gradients are compared
+COMPARED = 4  # samples whose losses and gradients are compared
 WARM_UP = 2  # rounds that are not measured
 TOLERANCE = {"loss": 1e-4, "gradient": 1e-3}  # of a loss; of a gradient's largest element
 
@@ -88,9 +88,11 @@ class StepBench:
         stage: of the configuration.
         model: with a frozen tower `vision`, on the device and in training mode.
         tolerance: within which both sides must agree.
+        counted: samples whose arithmetic is counted, at most.
     """
 
     tolerance = TOLERANCE
+    counted = 4
 
     def __init__(self, cfg: dict[str, Any], batch: int, device: torch.device) -> None:
         self.cfg, self.batch, self.device = cfg, batch, device
@@ -162,7 +164,7 @@ class StepBench:
 
     def compare(self) -> dict[str, Any]:
         """Losses and gradients of both sides, in float32 and without dropout."""
-        batch = self.made_up(min(COUNTED, self.batch), seed=0)
+        batch = self.made_up(min(COMPARED, self.batch), seed=0)
         features = self.features(OURS, batch).float()
         results = []
         with self.evaluating(), self.in_float32():
@@ -247,11 +249,12 @@ class StepBench:
 
     def flops(self, side: str) -> dict[str, float]:
         """Floating-point operations of one sample, without what is computed twice."""
-        batch = self.made_up(COUNTED, seed=0)
+        samples = min(self.counted, self.batch)
+        batch = self.made_up(samples, seed=0)
         tower = self.count(lambda: self.features(side, batch))
         trained = self.trained_flops(side, self.features(side, batch), batch)
         self.model.zero_grad()
-        return {part: n / COUNTED for part, n in {"tower": tower, **trained}.items()}
+        return {part: n / samples for part, n in {"tower": tower, **trained}.items()}
 
     def count(self, function: Callable[[], Any]) -> int:
         """Floating-point operations of a function, none of them made again for want of memory."""

@@ -20,10 +20,11 @@ from collections.abc import Iterator, Mapping
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from blip2_train.benchmarks.textbook import query_blocks
+from blip2_train.models.linear import Linear
 from blip2_train.models.stage2 import Blip2Stage2
 
 IGNORED = -100  # label of what is no target
@@ -59,7 +60,7 @@ def textbook_stage2_step(
         inputs["labels"] = torch.cat([nothing, labels], dim=1)
     # the reference's autocast would have norms compute in float32 too: it is left out
     plain = torch.autocast(embeds.device.type, enabled=False)
-    with plain, eager_attention(language_model.lm), torch.compiler.set_stance("force_eager"):
+    with plain, as_published(language_model.lm), torch.compiler.set_stance("force_eager"):
         loss = language_model.lm(**inputs, use_cache=False).loss
     return {"loss": loss, "loss_lm": loss}
 
@@ -76,9 +77,14 @@ def textbook_queries(model: Blip2Stage2, image_embeds: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def eager_attention(lm: PreTrainedModel) -> Iterator[None]:
-    """Inside, attention of a language model is softmax(Q K^T) V, each product in memory."""
+def as_published(lm: PreTrainedModel) -> Iterator[None]:
+    """Inside, attention of a language model is softmax(Q K^T) V, and linear layers are torch's."""
     usual = lm.config._attn_implementation
+    ours = [module for module in lm.modules() if type(module) is Linear]
     lm.set_attn_implementation("eager")
+    for module in ours:
+        module.__class__ = nn.Linear  # type: ignore[assignment]
     yield
+    for module in ours:
+        module.__class__ = Linear
     lm.set_attn_implementation(usual)

@@ -25,7 +25,7 @@ from blip2_train.models import lm_identity, lm_weights
 from blip2_train.models.cross_entropy import frozen_cross_entropy_sum
 from blip2_train.models.freezing import Frozen, state_digest
 from blip2_train.models.lm_head import find_head, target_logits, target_states
-from blip2_train.models.lm_linear import let_gradients_through
+from blip2_train.models.lm_linear import let_gradients_through, use_fast_products
 from blip2_train.models.lm_masks import find_form, mask_inputs, window
 from blip2_train.models.lm_weights import download, random_model
 
@@ -111,6 +111,7 @@ class LanguageModel(Frozen):
         self.decoder_start_token_id = _decoder_start(self.lm)
         self.lm.generation_config = GenerationConfig()  # what a model's authors like is no default
         self.freeze()
+        use_fast_products(self.lm)
         if quantization == "torchao_int4":
             let_gradients_through(self.lm)
         self.gradient_checkpointing = gradient_checkpointing

@@ -1,4 +1,4 @@
-"""Linear layers of the Q-Former: `F.linear`, at the processor's full speed and with less memory.
+"""Linear layers: `F.linear`, at the processor's full speed and with less memory.
 
 Torch's wheels multiply float32 matrices with MKL, which runs AVX2 code on AMD's processors; oneDNN,
 which they hold too, uses AVX-512 where there is one: twice the speed. On any other device, in any
@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
+PLAIN = (Tensor, nn.Parameter)
+
 
 class Linear(nn.Linear):
     """`nn.Linear`, see the top of this file."""
@@ -27,7 +29,7 @@ class Linear(nn.Linear):
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`F.linear`: [..., I], [O, I] and [O] -> [..., O]."""
-    if not _suits_onednn(x):
+    if not _suits_onednn(x) or type(weight) not in PLAIN:  # it may be packed
         return F.linear(x, weight, bias)
     out: Tensor = _Linear.apply(x.reshape(-1, x.shape[-1]), weight, bias, False)
     return out.view(*x.shape[:-1], len(weight))
@@ -59,7 +61,8 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
-        ctx.save_for_backward(x, weight)
+        # behind a frozen weight only a gelu's input is read again
+        ctx.save_for_backward(x if gelu or weight.requires_grad else None, weight)
         ctx.gelu = gelu
         bias = None if bias is None else bias.to(x.dtype)
         return product(F.gelu(x) if gelu else x, weight.to(x.dtype), bias)
@@ -91,7 +94,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def _suits_onednn(x: Tensor) -> bool:
     return (
         _ONEDNN
-        and type(x) in (Tensor, nn.Parameter)  # no tensors without values, as --dry-run has them
+        and type(x) in PLAIN  # no tensors without values, as --dry-run has them
         and x.device.type == "cpu"
         and x.dtype == torch.float32
         and x.numel() > 0

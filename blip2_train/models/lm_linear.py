@@ -8,6 +8,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from blip2_train.models.linear import Linear
+
+
+def use_fast_products(lm: nn.Module) -> None:
+    """Has plain linear layers multiply as those of the Q-Former do, see `models.linear`."""
+    for module in lm.modules():
+        if type(module) is nn.Linear and type(module.weight.data) is Tensor:
+            module.__class__ = Linear  # the same layer with another forward pass
+
 
 def let_gradients_through(lm: nn.Module) -> None:
     """Gives linear layers of packed weights, whose kernels have no backward, one."""

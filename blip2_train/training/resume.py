@@ -29,6 +29,7 @@ RESUME_FREE = (
     "language_model.gradient_checkpointing",
     "image_encoder.gradient_checkpointing",
     "text.bucket",
+    "text.parts",
     "trainer.accelerator",
     "trainer.compile",
     "trainer.devices",

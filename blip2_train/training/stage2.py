@@ -23,6 +23,7 @@ from blip2_train.data.language_batch import (
     collate_eval_seq2seq,
     collate_seq2seq,
 )
+from blip2_train.data.language_parts import collate_in_parts
 from blip2_train.data.stream import EvalStream
 from blip2_train.distributed import World
 from blip2_train.errors import UserError
@@ -64,7 +65,8 @@ def stage2_step(
     Args:
         model: the stage-2 model.
         image_embeds: [B, P, Dv] tokens of the frozen tower.
-        batch: the text as `Blip2Stage2.text_loss_sum` takes it.
+        batch: the text as `Blip2Stage2.text_loss_sum` takes it, or under `parts` such texts of
+            some rows each, see `text_parts`.
         normalise: "global" or "rank", see `mean_losses`.
         world: the ranks.
 
@@ -72,7 +74,10 @@ def stage2_step(
         `loss` and `loss_lm`, the same scalar, nats per token; `query_output` [B, Q, D].
     """
     query_output = model.encode_image(model.qformer.project_image(image_embeds))
-    total = model.text_loss_sum(query_output, batch)
+    parts = batch.get("parts", [{**batch, "rows": slice(None)}])
+    total = torch.stack(
+        [model.text_loss_sum(query_output[part["rows"]], part) for part in parts]
+    ).sum()
     count = torch.full((), len(batch["lm_targets"]), device=total.device)
     out = mean_losses({"loss_lm": total}, {"loss_lm": count}, normalise, world)
     return {"loss": out["loss_lm"], "query_output": query_output, **out}
@@ -246,10 +251,11 @@ class Stage2(Stage):
 
     def collate(self) -> Any:
         """Puts training batches together."""
+        own: dict[str, Any] = {"collate": collate_causal}
         if self.encoder_decoder:
-            prefix = self.cfg["text"]["prefix"]
-            return functools.partial(collate_seq2seq, prefix=prefix, **self._text_settings())
-        return functools.partial(collate_causal, **self._text_settings())
+            own = {"collate": collate_seq2seq, "prefix": self.cfg["text"]["prefix"]}
+        parts = self.cfg["text"]["parts"]
+        return functools.partial(collate_in_parts, parts=parts, **own, **self._text_settings())
 
     def collate_eval(self) -> Any:
         """Puts evaluation batches together."""

@@ -105,3 +105,19 @@ def test_onednn_takes_only_what_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
         assert not linears._suits_onednn(x)
     with FakeTensorMode():
         assert not linears._suits_onednn(torch.randn(2, 3))
+
+
+@pytest.mark.parametrize("weighs", [True, False])
+def test_a_frozen_layer_keeps_no_input(weighs: bool) -> None:
+    own, kept = layer().requires_grad_(weighs), []
+    x = torch.randn(3, 5, 12, requires_grad=True)
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept.append(tensor.untyped_storage().data_ptr())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = own(x)
+    assert (x.untyped_storage().data_ptr() in kept) is weighs
+    out.sum().backward()
+    assert x.grad is not None and x.grad.allclose(own.weight.sum(dim=0).expand_as(x))

@@ -4,7 +4,7 @@ Proven: 1, 2 and 3 processes with the same global batch, of texts of uneven leng
 loss and averaged gradients in float64, to 1e-9 for OPT and to 1e-6 for T5, whose norms compute in
 float32 whatever the model's dtype;
 "rank" is the mean of the ranks' means; the loss is the library's own; no step waits for the device,
-and every way to tell a model what is padding gives the same.
+and every way to tell a model what is padding, or to cut a batch into parts, gives the same.
 """
 
 from typing import Any
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from blip2_train.data import language_parts
 from blip2_train.distributed import World, current_world
 from blip2_train.models.clip import ImageEncoder
 from blip2_train.models.language import LanguageModel
@@ -170,6 +171,33 @@ def test_a_step_waits_for_nothing(config: dict[str, Any]) -> None:
     with Waits() as waits:
         module.step(without_starts(batch), 0, 0, World())["loss"].backward()
     assert waits.found == []
+
+
+@pytest.mark.parametrize("config", [OPT, T5, LLAMA], ids=lambda c: c["model_type"])
+def test_parts_of_similar_length_change_nothing(
+    config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(language_parts, "LEAST", 1)
+    model, batch = stage2(config).train(), texts(slice(0, N), encoder=config is T5)
+    generator = torch.Generator().manual_seed(2)
+    embeds = torch.randn(N, PATCHES, WIDTH, generator=generator, dtype=torch.float64)
+    results = []
+    for count in (1, 3, 5):
+        parts = language_parts.text_parts(batch, count, bucket=1)
+        assert len(parts) == count
+        model.zero_grad()
+        loss = stage2_step(model, embeds, {**batch, "parts": parts}, "global", World())["loss"]
+        loss.backward()
+        gradients = {k: p.grad.clone() for k, p in model.named_parameters() if p.grad is not None}
+        results.append((loss.item(), gradients))
+    whole, tolerance = results[0], 1e-6 if config is T5 else 1e-9
+    assert whole[0] == pytest.approx(
+        stage2_step(model, embeds, batch, "global", World())["loss"].item(), abs=tolerance
+    )
+    for loss, gradients in results[1:]:
+        assert loss == pytest.approx(whole[0], abs=tolerance)
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(gradient, whole[1][name], atol=tolerance, rtol=1e-7)
 
 
 @pytest.mark.parametrize("config", [OPT, T5, LLAMA], ids=lambda c: c["model_type"])
