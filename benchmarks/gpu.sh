@@ -15,7 +15,7 @@ overrides2=${OVERRIDES2:-}                   # of stage 2
 rounds=${ROUNDS:-10}
 samples=${SAMPLES:-4096}                     # rendered images
 batch=${BATCH:-128}
-fits=${FITS:-stage1_vitg stage1_vitl stage2_vitg_opt2_7b stage2_vitg_flant5xl}
+fits=${FITS-stage1_vitg stage1_vitl stage2_vitg_opt2_7b stage2_vitg_flant5xl}
 seconds=${SECONDS_EACH:-600}
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
