@@ -88,25 +88,15 @@ def tower_identity(vision: VisionTower) -> dict[str, str]:
     return {"name": vision.name, "weights": vision.weights, "digest": vision.digest()}
 
 
-def traced_tower(vision: VisionTower, samples: int) -> None:
-    """Runs the tower on fake images, for an estimate of its arithmetic."""
-    vision(torch.zeros(samples, 3, vision.image_size, vision.image_size))
-
-
-def tower_bytes(vision: VisionTower) -> int:
-    """What the tower holds of one sample at its widest: a block's 4x hidden layer, a few copies."""
-    return 8 * vision.num_tokens * vision.width * vision.dtype.itemsize
-
-
-def made_up_text(words: int, samples: int = 2, rank: int = 0) -> dict[str, Any]:
-    """Random text of 16 tokens, the same at every call; ids differ between ranks.
+def made_up_text(words: int, samples: int = 2, length: int = 16, rank: int = 0) -> dict[str, Any]:
+    """Random text, the same at every call; ids differ between ranks.
 
     Args:
         words: rows of the word table.
         samples: of the batch.
+        length: tokens of each text.
         rank: of this process.
     """
-    length = 16
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, min(words, 100), (samples, length), generator=generator)
     starts = torch.arange(samples)[:, None] * length
