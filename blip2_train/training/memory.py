@@ -2,13 +2,14 @@
 
 A real step is run on fake tensors, shapes without values, and what is alive is followed operation
 by operation. What differs on a GPU is dealt with here: attention is a fused kernel that draws its
-dropout as it goes and keeps no weights; the allocator and the CUDA context take their share
-(`RESERVE`). What a compiled block keeps may be a little less or more than counted here.
+dropout as it goes and keeps no weights; the context and the allocator take their share (`CONTEXT`,
+`GAPS`). What a compiled block keeps may be a little less or more than what is counted here.
 """
 
 import contextlib
+import functools
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -32,8 +33,10 @@ CONTEXT = 1e9
 GAPS = 0.05
 COUNTED = 4  # samples whose arithmetic is counted
 
-# Groups of the configuration, and parts of the model, with blocks that can be recomputed.
+# Parts of models with blocks that can be recomputed, named as their group of the configuration.
 CHECKPOINTED = ("qformer", "language_model", "image_encoder")
+
+ALONE = BatchPlan(1, 1, 1, 1, 1)
 
 
 @dataclass(frozen=True)
@@ -59,20 +62,10 @@ class Memory:
     logits: float
 
     @property
-    def fixed(self) -> float:
-        """Taken whatever the batch is."""
-        return with_reserve(self.weights + self.gradients + self.optimizer)
-
-    @property
     def total(self) -> float:
-        """That a device must have."""
+        """That a device must have, with what is not tensors (`CONTEXT`, `GAPS`)."""
         step = max(self.tower, self.activations + self.logits)
-        return with_reserve(self.weights + self.gradients + self.optimizer + step)
-
-
-def with_reserve(allocated: float) -> float:
-    """Memory that a device must have for tensors of so many bytes."""
-    return allocated * (1 + GAPS) + CONTEXT
+        return (self.weights + self.gradients + self.optimizer + step) * (1 + GAPS) + CONTEXT
 
 
 def step_world(plan: BatchPlan) -> World:
@@ -120,35 +113,23 @@ class Sketch:
         self.model: Any = model
         self.packed = 0.0  # bytes that weights take less than their tensors say
         self.fakes = FakeTensorMode(allow_non_fake_inputs=True)
-        nobody = BatchPlan(1, 1, 1, 1, 1)
         with self.fakes:
             give_storage(model, "cpu")
             quantization = cfg.get("language_model", {}).get("quantization")
             if quantization is not None:
                 self.packed = quantize_shapes(model.language_model.lm, quantization)
-            self.module = stage.build_module(model, nobody)
+            self.module = stage.build_module(model, ALONE).train()
             freeze_unreached(model, self.module.rehearsal_loss)
 
-    @property
-    def checkpointing(self) -> tuple[str, ...]:
-        """The parts whose blocks are recomputed, of `CHECKPOINTED`."""
-        return tuple(name for name in self._parts() if self._part(name).gradient_checkpointing)
-
-    @checkpointing.setter
-    def checkpointing(self, names: tuple[str, ...]) -> None:
-        for name in self._parts():
-            self._part(name).gradient_checkpointing = name in names
-
-    def _parts(self) -> list[str]:
-        return checkpointed_parts(self.cfg)
-
-    def _part(self, name: str) -> Any:
-        return getattr(self.model, name)
+    def empty(self) -> Memory:
+        """What is there without any batch."""
+        size = stored_bytes(self._trained())
+        weights = stored_bytes([*self.model.parameters(), *self.model.buffers()]) - self.packed
+        return Memory(weights, size, 2 * size, tower=0, activations=0, logits=0)
 
     def memory(self, plan: BatchPlan) -> Memory:
         """Of the largest step that a plan's batches can ask for: texts of `text.max_tokens`."""
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        size = stored_bytes(trained)
+        trained = self._trained()
         with self._tracing(), LiveBytes(self._kind) as live:
             for parameter in trained:  # DDP keeps them from step to step
                 parameter.grad = torch.empty_like(parameter)
@@ -157,11 +138,8 @@ class Sketch:
                 made_up_step(self.module, plan, self.cfg["text"]["max_tokens"]).backward()
             peak = live.peak
         self.module.zero_grad(set_to_none=True)
-        self.module.meter.sums = None
-        return Memory(
-            weights=stored_bytes([*self.model.parameters(), *self.model.buffers()]) - self.packed,
-            gradients=size,
-            optimizer=2 * size,
+        return replace(
+            self.empty(),
             tower=max(0, tower[0] - gradients),
             activations=peak[""] - gradients,
             logits=peak["logits"],
@@ -172,14 +150,21 @@ class Sketch:
         plan = BatchPlan(COUNTED, 1, COUNTED, COUNTED, 1)
         with self._tracing(), FlopCounterMode(display=False) as counter:
             made_up_step(self.module, plan, None).backward()
-        whole = counter.get_total_flops()
-        tower = getattr(self.model, "vision", None)
-        with self._tracing(), FlopCounterMode(display=False) as counter:
-            if tower is not None:
-                tower(torch.zeros(COUNTED, 3, tower.image_size, tower.image_size))
         self.module.zero_grad(set_to_none=True)
-        own = counter.get_total_flops()
-        return own / COUNTED, (whole - own) / COUNTED
+        tower = self._tower_flops
+        return tower, counter.get_total_flops() / COUNTED - tower
+
+    @functools.cached_property
+    def _tower_flops(self) -> float:
+        tower = getattr(self.model, "vision", None)
+        if tower is None:
+            return 0.0
+        with self._tracing(), FlopCounterMode(display=False) as counter:
+            tower(torch.zeros(COUNTED, 3, tower.image_size, tower.image_size))
+        return counter.get_total_flops() / COUNTED
+
+    def _trained(self) -> list[Tensor]:
+        return [p for p in self.model.parameters() if p.requires_grad]
 
     @contextlib.contextmanager
     def _tracing(self) -> Iterator[None]:
@@ -192,9 +177,16 @@ class Sketch:
         return "logits" if tensor.ndim > 1 and tensor.shape[-1] == self.module.vocabulary else ""
 
 
-def checkpointed_parts(cfg: Mapping[str, Any]) -> list[str]:
-    """The groups of this configuration that have a `gradient_checkpointing`."""
-    return [name for name in CHECKPOINTED if "gradient_checkpointing" in cfg.get(name, {})]
+def recompute(model: Any, parts: tuple[str, ...]) -> None:
+    """Has the blocks of these parts recomputed in the backward pass, and of no other.
+
+    Args:
+        model: of a stage; changed in place.
+        parts: of `CHECKPOINTED`.
+    """
+    for name in CHECKPOINTED:
+        if hasattr(model, name):
+            getattr(model, name).gradient_checkpointing = name in parts
 
 
 @contextlib.contextmanager
