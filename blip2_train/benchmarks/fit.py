@@ -47,23 +47,16 @@ class Choice:
     memory: Memory
     extra: float
 
-    @property
-    def overrides(self) -> list[str]:
-        """Of the configuration."""
-        return [f"{part}.gradient_checkpointing=true" for part in self.recomputed]
-
 
 @dataclass(frozen=True)
 class Advice:
     """What to train with.
 
     Attributes:
-        choice: its recomputation.
         plan: how the recipe's global batch is cut.
         overrides: of the configuration, to paste.
     """
 
-    choice: Choice
     plan: BatchPlan
     overrides: list[str]
 
@@ -115,7 +108,7 @@ def run(
         "batch": str(advice.plan),
     }
     console.print(table(record))
-    for line in describe(cfg, advice, world):
+    for line in describe(cfg, advice):
         print(line)
     return [record]
 
@@ -238,7 +231,7 @@ def advise(
     plan = batch_plan(cfg, world)
     for choice in found:
         if needs(plan, choice.recomputed) <= memory:
-            return Advice(choice, plan, choice.overrides)
+            return Advice(plan, switches(cfg, choice.recomputed))
     best = max(found, key=lambda choice: choice.largest)
     size, before = cfg["batch"]["size"], cfg["batch"]["accumulate"]
     caches = compares(cfg)
@@ -248,12 +241,22 @@ def advise(
         plan = plan_batch(size, parts, world, cache=caches)
         if plan.at_a_time <= best.largest and needs(plan, best.recomputed) <= memory:
             cached = ["loss.itc.cache=true"] if caches and not cfg["loss"]["itc"]["cache"] else []
-            return Advice(best, plan, [f"batch.accumulate={parts}", *cached, *best.overrides])
+            own = switches(cfg, best.recomputed)
+            return Advice(plan, [f"batch.accumulate={parts}", *cached, *own])
     raise UserError(
         f"batch.size={size} cannot be cut into parts that fit {world} devices of "
         f"{memory / GB:g} GB, which compute {best.largest} samples at a time; set batch.size to a "
         f"multiple of {world * max(best.largest, 1)}, or take more devices"
     )
+
+
+def switches(cfg: Mapping[str, Any], recomputed: Parts) -> list[str]:
+    """Overrides with which a configuration recomputes the blocks of these parts and no others."""
+    return [
+        f"{part}.gradient_checkpointing={str(part in recomputed).lower()}"
+        for part in CHECKPOINTED
+        if cfg.get(part, {}).get("gradient_checkpointing", False) != (part in recomputed)
+    ]
 
 
 def compares(cfg: Mapping[str, Any]) -> bool:
@@ -288,7 +291,7 @@ def table(record: dict[str, Any]) -> Table:
     return out
 
 
-def describe(cfg: Mapping[str, Any], advice: Advice, world: int) -> list[str]:
+def describe(cfg: Mapping[str, Any], advice: Advice) -> list[str]:
     """What to paste, and what it means."""
     plan = advice.plan
     lines = [

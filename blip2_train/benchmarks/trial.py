@@ -12,7 +12,7 @@ import torch
 from blip2_train.config import BatchPlan
 from blip2_train.training.compiling import compile_blocks, wants_compilation
 from blip2_train.training.fit import STAGES
-from blip2_train.training.memory import ALONE, CONTEXT, Sketch, give_storage, made_up_step
+from blip2_train.training.memory import ALONE, CONTEXT, Sketch, give_storage, made_up_loss
 
 STEPS = 2  # the optimizer's state is there from the first one's end on
 
@@ -65,10 +65,8 @@ class Trial:
 
     def step(self, plan: BatchPlan) -> None:
         """Forward, backward, optimizer, with texts of `text.max_tokens`."""
-        mixed = self.cfg["trainer"]["precision"] == "bf16-mixed"
-        with torch.autocast(self.device, torch.bfloat16, enabled=mixed):
-            loss = made_up_step(self.module, plan, self.cfg["text"]["max_tokens"], self.device)
-        loss.backward()
+        precision, longest = self.cfg["trainer"]["precision"], self.cfg["text"]["max_tokens"]
+        made_up_loss(self.module, plan, precision, longest, self.device).backward()
         self.module.configure_gradient_clipping(self.optimizer)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=False)  # DDP's buckets stay

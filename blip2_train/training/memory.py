@@ -73,14 +73,15 @@ def step_world(plan: BatchPlan) -> World:
     return World(0, plan.world_size, imagined=plan.world_size > 1)
 
 
-def made_up_step(
-    module: StageModule, plan: BatchPlan, longest: int | None, device: str = "cpu"
+def made_up_loss(
+    module: StageModule, plan: BatchPlan, precision: str, longest: int | None, device: str = "cpu"
 ) -> Tensor:
     """Loss of a made-up batch that is as large as one of a training.
 
     Args:
         module: of the training; it takes over the plan.
         plan: how the global batch is cut.
+        precision: `trainer.precision`.
         longest: tokens of each text, None: as many as is usual.
         device: "cpu" or "cuda".
     """
@@ -90,7 +91,9 @@ def made_up_step(
     batch["tokens"] = [longest or module.usual_tokens] * plan.per_device
     moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
     del batch
-    return module.step(moved, 0, 0, step_world(plan))["loss"]
+    # it ends before the backward pass, and with it what it has cast of the weights
+    with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16-mixed"):
+        return module.step(moved, 0, 0, step_world(plan))["loss"]
 
 
 class Sketch:
@@ -135,7 +138,7 @@ class Sketch:
                 parameter.grad = torch.empty_like(parameter)
             gradients = live.now.total()
             with _phase(self.model, live) as tower:
-                made_up_step(self.module, plan, self.cfg["text"]["max_tokens"]).backward()
+                self._loss(plan, self.cfg["text"]["max_tokens"]).backward()
             peak = live.peak
         self.module.zero_grad(set_to_none=True)
         return replace(
@@ -149,7 +152,7 @@ class Sketch:
         """Operations of one usual sample: of the frozen tower; of the rest, there and back."""
         plan = BatchPlan(COUNTED, 1, COUNTED, COUNTED, 1)
         with self._tracing(), FlopCounterMode(display=False) as counter:
-            made_up_step(self.module, plan, None).backward()
+            self._loss(plan, None).backward()
         self.module.zero_grad(set_to_none=True)
         tower = self._tower_flops
         return tower, counter.get_total_flops() / COUNTED - tower
@@ -163,13 +166,15 @@ class Sketch:
             tower(torch.zeros(COUNTED, 3, tower.image_size, tower.image_size))
         return counter.get_total_flops() / COUNTED
 
+    def _loss(self, plan: BatchPlan, longest: int | None) -> Tensor:
+        return made_up_loss(self.module, plan, self.cfg["trainer"]["precision"], longest)
+
     def _trained(self) -> list[Tensor]:
         return [p for p in self.model.parameters() if p.requires_grad]
 
     @contextlib.contextmanager
     def _tracing(self) -> Iterator[None]:
-        mixed = self.cfg["trainer"]["precision"] == "bf16-mixed"
-        with self.fakes, fused_attention(), torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+        with self.fakes, fused_attention():
             yield
 
     def _kind(self, tensor: Tensor) -> str:
