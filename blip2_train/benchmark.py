@@ -5,6 +5,7 @@
     blip2-benchmark tower          the frozen image tower against the reference's
     blip2-benchmark loader         images from shards to batches, on processors alone
     blip2-benchmark collectives    bytes that ranks exchange in a step of stage 1
+    blip2-benchmark fit            the largest batch for a device: measured on a GPU, else estimated
 
 Each prints one table and writes its numbers with --json FILE.
 """
@@ -15,6 +16,7 @@ import argparse
 import json
 import logging
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -78,6 +80,13 @@ def run_collectives(args: argparse.Namespace) -> list[dict[str, Any]]:
     return run(args.worlds, args.batch, args.tokens, args.width, args.steps)
 
 
+def run_fit(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """The largest batch that fits, see `benchmarks/fit.py`."""
+    from blip2_train.benchmarks.fit import run
+
+    return run(args.overrides, args.memory, args.world, args.device)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="blip2-benchmark",
@@ -134,9 +143,33 @@ def _parser() -> argparse.ArgumentParser:
         default=[2, 4, 8], metavar="N,N,...", help="numbers of processes (default 2,4,8)",
     )  # fmt: skip
     collectives.set_defaults(run=run_collectives)
+    fit = commands.add_parser("fit", help="the largest batch for a device")
+    fit.add_argument(
+        "overrides", nargs="+", metavar="key=value",
+        help="experiment=NAME and further keys of the configuration of blip2-train",
+    )  # fmt: skip
+    fit.add_argument(
+        "--memory", type=_memory, metavar="80GB", help="of a device (default: this GPU's)"
+    )
+    fit.add_argument(
+        "--world", type=_count, default=16, metavar="N", help="devices (default %(default)s)"
+    )
+    fit.add_argument(
+        "--device", default="auto", choices=("auto", "cpu", "cuda"),
+        help="cpu: an estimate, also where there is a GPU (default %(default)s)",
+    )  # fmt: skip
+    fit.set_defaults(run=run_fit)
     for command in commands.choices.values():
         command.add_argument("--json", type=Path, metavar="FILE", help="write the numbers here")
     return parser
+
+
+def _memory(text: str) -> float:
+    """Bytes of "80GB" or "80G", which are 80e9."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)GB?", text, flags=re.IGNORECASE)
+    if found is None or float(found[1]) == 0:
+        raise argparse.ArgumentTypeError(f"{text} is no memory; give it in GB, such as 80GB or 24G")
+    return float(found[1]) * 1e9
 
 
 def _count(text: str) -> int:

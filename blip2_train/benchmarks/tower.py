@@ -160,7 +160,7 @@ class Bench:
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         self.features(side, images)
-        weights = stored_bytes(self.towers[side])
+        weights = stored_bytes(self.towers[side].state_dict().values())
         return (torch.cuda.max_memory_allocated() - before + weights) / 2**20
 
 

@@ -108,7 +108,3 @@ class CachedTower(Frozen):
     def digest(self) -> str:
         """SHA-256 of the weights of the tower that computed them."""
         return self._digest
-
-    def transient_bytes(self) -> int:
-        """Nothing is computed here."""
-        return 0

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
@@ -76,6 +77,8 @@ def find_form(lm: PreTrainedModel, longest: int | None = None) -> str:
         lm: on a real device; its mode is left as it was.
         longest: positions of the longest input, None if any length may come.
     """
+    if isinstance(next(lm.parameters()), FakeTensor):
+        return "rows"  # without values nothing can be tried
     sight = window(lm)
     sees_all = sight is None or (longest is not None and longest <= sight)
     training = lm.training

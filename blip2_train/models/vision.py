@@ -113,13 +113,6 @@ class VisionTower(Frozen):
         """Input of the right shape: black pictures."""
         return torch.zeros(samples, 3, self.image_size, self.image_size, dtype=torch.uint8)
 
-    def transient_bytes(self) -> int:
-        """What the forward pass holds of one image at its widest, roughly.
-
-        A block's hidden layer, four times as wide as the tokens, and a few copies.
-        """
-        return 8 * self.num_tokens * self.width * self.dtype.itemsize
-
     def convert(self) -> None:
         """Goes over to `precision` on the device where the weights are; "native" needs nothing.
 

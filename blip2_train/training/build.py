@@ -133,15 +133,15 @@ def tower_identity(vision: VisionTower | CachedTower) -> dict[str, str]:
     return identity if vision.precision == "native" else identity | {"precision": vision.precision}
 
 
-def made_up_text(words: int, samples: int = 2, rank: int = 0) -> dict[str, Any]:
-    """Random text of 16 tokens, the same at every call; ids differ between ranks.
+def made_up_text(words: int, samples: int = 2, length: int = 16, rank: int = 0) -> dict[str, Any]:
+    """Random text, the same at every call; ids differ between ranks.
 
     Args:
         words: rows of the word table.
         samples: of the batch.
+        length: tokens of each text.
         rank: of this process.
     """
-    length = 16
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, min(words, 100), (samples, length), generator=generator)
     starts = torch.arange(samples)[:, None] * length

@@ -65,13 +65,14 @@ class ClipModule(StageModule):
         """Chance and floor of the loss."""
         return {"loss_itc": Level(*losses.choice_levels(contrastive, self.loss.smoothing))}
 
-    def rehearsal_batch(self) -> dict[str, Any]:
-        """Two noisy images (equal ones would have no variance to norm) with random text."""
+    def rehearsal_batch(self, samples: int = 2, longest: int | None = None) -> dict[str, Any]:
+        """Noisy images (equal ones would have no variance to norm) with random text."""
         size = self.model.image_encoder.image_size
         generator = torch.Generator().manual_seed(0)
-        image = torch.randint(0, 256, (2, 3, size, size), generator=generator, dtype=torch.uint8)
-        words = self.model.text_encoder.vocab_size
-        return {"image": image, **made_up_text(words, rank=current_world().rank)}
+        shape = (samples, 3, size, size)
+        image = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+        words, length = self.model.text_encoder.vocab_size, longest or self.usual_tokens
+        return {"image": image, **made_up_text(words, samples, length, current_world().rank)}
 
     def rehearsal_loss(self) -> Tensor:
         """Loss of that batch."""
@@ -120,13 +121,6 @@ class ClipStage(BertTextStage):
     def build_evaluator(self, module: StageModule, images: EvalStream) -> Evaluator:
         """Loss and retrieval."""
         return ClipEvaluator(module, self.loss)
-
-    def traced_loss(self, model: Clip, samples: int, *, whole: bool) -> Tensor:
-        """Loss of fake tensors."""
-        size = model.image_encoder.image_size
-        text = made_up_text(model.text_encoder.vocab_size, samples)
-        batch = {"image": torch.zeros(samples, 3, size, size), **text}
-        return clip_step(model, batch, self.loss)["loss"]
 
     def export(self, model: Clip, path: Path) -> None:
         """The tower, as a file for `vision.weights`."""

@@ -71,6 +71,7 @@ class LmModule(StageModule):
     def __init__(self, model: PreTrainedModel, *, normalise: str, **common: Any) -> None:
         super().__init__(model, meter=Meter(("loss_lm",)), **common)
         self.normalise = normalise
+        self.vocabulary = model.config.vocab_size
         self.mask_form = find_form(model)
 
     def step(self, batch: dict[str, Any], step: int, part: int, world: World) -> dict[str, Tensor]:
@@ -82,11 +83,11 @@ class LmModule(StageModule):
 
     def levels(self, contrastive: float) -> dict[str, Level]:
         """Chance: every token is as likely as any other."""
-        return {"loss_lm": Level(*losses.choice_levels(self.model.config.vocab_size, 0.0))}
+        return {"loss_lm": Level(*losses.choice_levels(self.vocabulary, 0.0))}
 
-    def rehearsal_batch(self) -> dict[str, Any]:
-        """Two documents of random words."""
-        return made_up_documents(self.model.config.vocab_size)
+    def rehearsal_batch(self, samples: int = 2, longest: int | None = None) -> dict[str, Any]:
+        """Documents of random words."""
+        return made_up_documents(self.vocabulary, samples, longest or self.usual_tokens)
 
     def rehearsal_loss(self) -> Tensor:
         """Loss of that batch."""
@@ -160,10 +161,6 @@ class LmStage(Stage):
     def build_evaluator(self, module: StageModule, images: EvalStream) -> Evaluator:
         """Loss per token."""
         return LmEvaluator(module, self.text, self.cfg["validation"], self.cfg["seed"])
-
-    def traced_loss(self, model: PreTrainedModel, samples: int, *, whole: bool) -> Tensor:
-        """Loss of fake tensors."""
-        return lm_loss_sum(model, made_up_documents(model.config.vocab_size, samples))
 
     def export(self, model: PreTrainedModel, path: Path) -> None:
         """The model and its tokenizer as a Hugging Face folder, for `language_model.name`."""
@@ -248,14 +245,14 @@ class LmEvaluator(Evaluator):
         return decode(ids[:, start.shape[1] :], self.text)
 
 
-def made_up_documents(words: int, samples: int = 2) -> dict[str, Any]:
-    """Random documents of 16 tokens, the same at every call.
+def made_up_documents(words: int, samples: int, length: int) -> dict[str, Any]:
+    """Random documents, the same at every call.
 
     Args:
         words: rows of the word table.
         samples: of the batch.
+        length: tokens of each.
     """
-    length = 16
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, min(words, 100), (samples, length), generator=generator)
     index = (torch.arange(samples)[:, None] * length + torch.arange(1, length)).flatten()

@@ -34,6 +34,8 @@ class StageModule(pl.LightningModule, abc.ABC):
     """
 
     rehearsal_samples = 2
+    usual_tokens = 16  # of a text of a rehearsal
+    vocabulary = 0  # words among which a loss chooses; 0: no loss does
 
     def __init__(
         self,
@@ -76,8 +78,15 @@ class StageModule(pl.LightningModule, abc.ABC):
         """
 
     @abc.abstractmethod
-    def rehearsal_batch(self) -> dict[str, Any]:
-        """A made-up batch of two samples that reaches every parameter that training reaches."""
+    def rehearsal_batch(
+        self, samples: int = rehearsal_samples, longest: int | None = None
+    ) -> dict[str, Any]:
+        """A made-up batch that reaches every parameter that training reaches.
+
+        Args:
+            samples: of the batch.
+            longest: tokens that a text may have; each has so many. None: as many as is usual.
+        """
 
     @abc.abstractmethod
     def rehearsal_loss(self) -> Tensor:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from blip2_train.config import BatchPlan
 from blip2_train.data.batch import collate, collate_eval
@@ -100,23 +99,6 @@ class Stage(abc.ABC):
     @abc.abstractmethod
     def build_evaluator(self, module: StageModule, images: EvalStream) -> Evaluator:
         """What validation computes."""
-
-    @abc.abstractmethod
-    def traced_loss(self, model: Any, samples: int, *, whole: bool) -> Tensor:
-        """Loss of a made-up batch of fake tensors, for estimates of memory and arithmetic.
-
-        Args:
-            model: built with `shapes_only`.
-            samples: of the batch.
-            whole: with image tokens as many as there really are; otherwise a few.
-        """
-
-    def traced_tower(self, model: Any, samples: int) -> None:
-        """Runs the frozen image tower on fake images, where there is one."""
-
-    def tower_bytes(self, model: Any) -> int:
-        """The most that one sample takes inside the frozen image tower, roughly."""
-        return 0
 
     def export(self, model: Any, path: Path) -> None:
         """Writes `product`, whole or not at all."""

@@ -51,6 +51,7 @@ class Stage1Module(StageModule):
     def __init__(self, model: Blip2Stage1, *, loss: LossConfig, **common: Any) -> None:
         super().__init__(model, meter=Meter(loss.parts), **common)
         self.loss = loss
+        self.vocabulary = model.qformer.word_embeddings.num_embeddings
 
     def step(self, batch: dict[str, Any], step: int, part: int, world: World) -> dict[str, Tensor]:
         """Losses of one contrastive batch."""
@@ -81,28 +82,27 @@ class Stage1Module(StageModule):
 
     def levels(self, contrastive: float) -> dict[str, Level]:
         """Chance and floor of each loss."""
-        words = self.model.qformer.word_embeddings.num_embeddings
         known = {
             "loss_itc": losses.choice_levels(contrastive, self.loss.itc.smoothing),
             "loss_itm": (losses.itm_prior(), 0.0),
-            "loss_lm": losses.choice_levels(words, self.loss.lm.smoothing),
+            "loss_lm": losses.choice_levels(self.vocabulary, self.loss.lm.smoothing),
         }
         return {name: Level(*known[name]) for name in self.loss.parts}
 
-    def rehearsal_batch(self) -> dict[str, Any]:
-        """Two blank images with random text."""
-        words = self.model.qformer.word_embeddings.num_embeddings
-        return {
-            "image": self.model.vision.made_up(2),
-            **made_up_text(words, rank=current_world().rank),
-        }
+    def rehearsal_batch(self, samples: int = 2, longest: int | None = None) -> dict[str, Any]:
+        """Blank images with random text."""
+        length = longest or self.usual_tokens
+        text = made_up_text(self.vocabulary, samples, length, current_world().rank)
+        return {"image": self.model.vision.made_up(samples), **text}
 
     def rehearsal_loss(self) -> Tensor:
         """Loss from made-up image tokens."""
         parameter = next(self.model.qformer.parameters())
         tokens = torch.randn(2, 3, self.model.vision.width).to(parameter)
-        batch = made_up_text(self.model.qformer.word_embeddings.num_embeddings)
-        return made_up_step(self.model, tokens, batch, self.loss)
+        uniform = torch.full((2, 2), 0.5, dtype=torch.float64)
+        return stage1_step(
+            self.model, tokens, made_up_text(self.vocabulary), self.loss, uniform=uniform
+        )["loss"]
 
 
 class Stage1(BertTextStage):
@@ -160,21 +160,6 @@ class Stage1(BertTextStage):
             self.cfg["seed"],
         )
 
-    def traced_loss(self, model: Blip2Stage1, samples: int, *, whole: bool) -> Tensor:
-        """Loss of fake tensors."""
-        patches = model.vision.num_tokens if whole else 3
-        words = model.qformer.word_embeddings.num_embeddings
-        embeds = torch.zeros(samples, patches, model.vision.width)
-        return made_up_step(model, embeds, made_up_text(words, samples), self._loss())
-
-    def traced_tower(self, model: Blip2Stage1, samples: int) -> None:
-        """Runs the tower on fake images."""
-        model.vision(model.vision.made_up(samples))
-
-    def tower_bytes(self, model: Blip2Stage1) -> int:
-        """Of the image tower."""
-        return model.vision.transient_bytes()
-
     def _loss(self) -> LossConfig:
         settings = self.cfg["loss"]
         return LossConfig(
@@ -183,11 +168,3 @@ class Stage1(BertTextStage):
             itc=ItcConfig(settings["itc"]["smoothing"], settings["itc"]["gradient"]),
             lm=LmConfig(**settings["lm"]),
         )
-
-
-def made_up_step(
-    model: Blip2Stage1, image_embeds: Tensor, batch: dict[str, Any], loss: LossConfig
-) -> Tensor:
-    """Total loss of a made-up batch on this process alone."""
-    uniform = torch.full((2, len(image_embeds)), 0.5, dtype=torch.float64)
-    return stage1_step(model, image_embeds, batch, loss, uniform=uniform, world=World())["loss"]

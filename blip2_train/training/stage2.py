@@ -89,12 +89,17 @@ class Stage2Module(StageModule):
     Args:
         model: with its frozen parts frozen.
         normalise: see `stage2_step`.
+        prefix: `text.prefix`: what of a caption an encoder may have to read.
         common: see `StageModule`.
     """
 
-    def __init__(self, model: Blip2Stage2, *, normalise: str, **common: Any) -> None:
+    def __init__(
+        self, model: Blip2Stage2, *, normalise: str, prefix: str = "none", **common: Any
+    ) -> None:
         super().__init__(model, meter=Meter(("loss_lm",)), **common)
         self.normalise = normalise
+        self.prefix = prefix
+        self.vocabulary = model.language_model.vocab_size
 
     def step(self, batch: dict[str, Any], step: int, part: int, world: World) -> dict[str, Tensor]:
         """Loss of one micro-batch."""
@@ -106,11 +111,15 @@ class Stage2Module(StageModule):
 
     def levels(self, contrastive: float) -> dict[str, Level]:
         """Chance: every token is as likely as any other."""
-        return {"loss_lm": Level(*losses.choice_levels(self.model.language_model.vocab_size, 0.0))}
+        return {"loss_lm": Level(*losses.choice_levels(self.vocabulary, 0.0))}
 
-    def rehearsal_batch(self) -> dict[str, Any]:
-        """Two blank images with made-up text."""
-        return {"image": self.model.vision.made_up(2), **made_up_text(self.model.language_model)}
+    def rehearsal_batch(self, samples: int = 2, longest: int | None = None) -> dict[str, Any]:
+        """Blank images with made-up text."""
+        image = self.model.vision.made_up(samples)
+        # the longest of split captions and the longest of their rests may both be whole captions
+        length = longest or self.usual_tokens
+        read = longest if longest and self.prefix == "random_split" else 2
+        return {"image": image, **made_up_text(self.model.language_model, samples, length, read)}
 
     def rehearsal_loss(self) -> Tensor:
         """All that is trained stands before the language model, which is left out."""
@@ -247,7 +256,12 @@ class Stage2(Stage):
 
     def build_module(self, model: Blip2Stage2, batch: BatchPlan) -> Stage2Module:
         """The Lightning module."""
-        return Stage2Module(model, normalise=self.cfg["loss"]["normalise"], **self.common(batch))
+        return Stage2Module(
+            model,
+            normalise=self.cfg["loss"]["normalise"],
+            prefix=self.cfg["text"]["prefix"],
+            **self.common(batch),
+        )
 
     def collate(self) -> Any:
         """Puts training batches together."""
@@ -268,21 +282,6 @@ class Stage2(Stage):
             module, images, self.text, self.cfg["data"]["prompt"], self.cfg["validation"]
         )
 
-    def traced_loss(self, model: Blip2Stage2, samples: int, *, whole: bool) -> Tensor:
-        """Loss of fake tensors."""
-        patches = model.vision.num_tokens if whole else 3
-        embeds = torch.zeros(samples, patches, model.vision.width)
-        batch = made_up_text(model.language_model, samples)
-        return stage2_step(model, embeds, batch, "rank", World())["loss"]
-
-    def traced_tower(self, model: Blip2Stage2, samples: int) -> None:
-        """Runs the tower on fake images."""
-        model.vision(model.vision.made_up(samples))
-
-    def tower_bytes(self, model: Blip2Stage2) -> int:
-        """Of the image tower."""
-        return model.vision.transient_bytes()
-
     def _text_settings(self) -> dict[str, Any]:
         return {
             "text": self.text,
@@ -292,19 +291,22 @@ class Stage2(Stage):
         }
 
 
-def made_up_text(model: language.LanguageModel, samples: int = 2) -> dict[str, Any]:
-    """Random text of 16 tokens, behind a prompt of 2 where there is an encoder.
+def made_up_text(
+    model: language.LanguageModel, samples: int, length: int, read: int
+) -> dict[str, Any]:
+    """Random text.
 
     Args:
         model: the language model.
         samples: of the batch.
+        length: tokens of each text.
+        read: tokens that an encoder reads, where there is one; at most `length`.
     """
-    length = 16
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, min(model.vocab_size, 100), (samples, length), generator=generator)
     text = {"lm_index": torch.arange(ids.numel()), "lm_targets": ids.flatten()}
     ones = torch.ones_like(ids)
     if model.is_encoder_decoder:
-        prompt = {"input_ids": ids[:, :2], "attention_mask": ones[:, :2]}
+        prompt = {"input_ids": ids[:, :read], "attention_mask": ones[:, :read]}
         return {**prompt, "target_ids": ids, "target_mask": ones, **text}
     return {"input_ids": ids, "attention_mask": ones, **text}
