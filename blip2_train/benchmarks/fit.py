@@ -218,6 +218,9 @@ def advise(
 ) -> Advice:
     """The fastest choice with which the configuration's own batch fits, else more parts of it.
 
+    Parts of one contrastive batch are computed twice anyway (GradCache); recomputing their blocks
+    besides would take more memory, for a checkpoint within another keeps what both make.
+
     Args:
         cfg: resolved and validated configuration.
         found: fastest first.
@@ -232,14 +235,16 @@ def advise(
     for choice in found:
         if needs(plan, choice.recomputed) <= memory:
             return Advice(plan, switches(cfg, choice.recomputed))
-    best = max(found, key=lambda choice: choice.largest)
     size, before = cfg["batch"]["size"], cfg["batch"]["accumulate"]
     caches = compares(cfg)
+    best = found[0] if caches else max(found, key=lambda choice: choice.largest)
     for parts in range(before + 1, size // world + 1):
         if size % (world * parts):
             continue
         plan = plan_batch(size, parts, world, cache=caches)
-        if plan.at_a_time <= best.largest and needs(plan, best.recomputed) <= memory:
+        if plan.at_a_time > 2 * best.largest:
+            continue  # a part takes more than half of what a whole step of its size does
+        if needs(plan, best.recomputed) <= memory:
             cached = ["loss.itc.cache=true"] if caches and not cfg["loss"]["itc"]["cache"] else []
             own = switches(cfg, best.recomputed)
             return Advice(plan, [f"batch.accumulate={parts}", *cached, *own])
