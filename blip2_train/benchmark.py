@@ -37,6 +37,8 @@ MODELS = {
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code (2 for a mistake of the user)."""
     args = _parser().parse_args(argv)
+    # torch warns of every enum that torchao registers when it is imported
+    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
     try:
         records = args.run(args)
         if args.json is not None:
@@ -53,8 +55,6 @@ def main(argv: list[str] | None = None) -> int:
 def run_model(args: argparse.Namespace) -> list[dict[str, Any]]:
     """A step, or the tower: see the module of `benchmarks` of this name."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler reports that there is no GPU
-    # torch warns of every enum that torchao registers when it is imported
-    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
     import torch
 
     from blip2_train.benchmarks import stage1, stage2, tower
