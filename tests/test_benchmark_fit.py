@@ -24,7 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 
 from blip2_train import benchmark
-from blip2_train.benchmarks import fit
+from blip2_train.benchmarks import batches, fit
 from blip2_train.benchmarks.trial import Trial
 from blip2_train.config import BatchPlan, batch_plan, plan_batch
 from blip2_train.distributed import World, current_world
@@ -195,7 +195,7 @@ def test_the_largest_batch_is_found(memory: float, start: int) -> None:
         lambda n: n if n <= memory else math.inf,  # out of memory
     ):
         known = functools.cache(needs)
-        largest = fit.largest_batch(known, memory, start)
+        largest = batches.largest_batch(known, memory, start)
         assert largest == 0 or needs(largest) <= memory
         assert needs(largest + 1) > memory
         assert known.cache_info().misses < 80
@@ -246,16 +246,16 @@ def test_command_asks_for_recomputation(
 def test_advice_fits_and_keeps_the_contrastive_batch() -> None:
     cfg = fit.configuration([*STAGE1, "batch.size=96"], 2)
 
-    def needs(plan: BatchPlan, recomputed: fit.Parts) -> float:
+    def needs(plan: BatchPlan, recomputed: batches.Parts) -> float:
         features = plan.per_device if plan.parts > 1 else 0
         return features + plan.at_a_time * (4 if recomputed else 10)
 
-    def advice(memory: float, **changes: Any) -> fit.Advice:
+    def advice(memory: float, **changes: Any) -> batches.Advice:
         found = [
-            fit.Choice(parts, fit.largest_of(needs, parts, memory, 2, 48), None, len(parts))  # type: ignore[arg-type]
+            batches.Choice(parts, batches.largest_of(needs, parts, memory, 2, 48), None, len(parts))  # type: ignore[arg-type]
             for parts in ((), ("qformer",))
         ]
-        return fit.advise(cfg | changes, found, needs, memory, 2)
+        return batches.advise(cfg | changes, found, needs, memory, 2)
 
     lean = "qformer.gradient_checkpointing=true"
     assert advice(480).overrides == []
@@ -263,7 +263,7 @@ def test_advice_fits_and_keeps_the_contrastive_batch() -> None:
     parts = advice(191)
     assert parts.overrides == ["batch.accumulate=4", "loss.itc.cache=true"]
     assert parts.plan.contrastive == 96 and parts.plan.at_a_time == 12
-    assert "would compare 24 samples in place of 96" in fit.describe(cfg, parts)[-1]
+    assert "would compare 24 samples in place of 96" in batches.describe(cfg, parts)[-1]
     assert advice(48 + 10 * 12 - 1).overrides[0] == "batch.accumulate=6"
     with pytest.raises(UserError, match=r"batch\.size=96 cannot be cut"):
         advice(48)
@@ -273,8 +273,8 @@ def test_advice_fits_and_keeps_the_contrastive_batch() -> None:
 
 def test_advice_is_relative_to_what_is_set() -> None:
     cfg = fit.configuration([*STAGE1, "qformer.gradient_checkpointing=true"], 1)
-    assert fit.switches(cfg, ("qformer",)) == []
-    assert fit.switches(cfg, ()) == ["qformer.gradient_checkpointing=false"]
+    assert batches.switches(cfg, ("qformer",)) == []
+    assert batches.switches(cfg, ()) == ["qformer.gradient_checkpointing=false"]
 
 
 @pytest.mark.parametrize(
@@ -326,7 +326,7 @@ def test_a_trial_trains_what_a_training_trains(
     for name in ("reset_peak_memory_stats", "empty_cache"):
         monkeypatch.setattr(torch.cuda, name, lambda: None)
     monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 10)
-    largest = fit.largest_of(lambda plan, _: trial.needs(plan), (), 2e9, 2, 64)
+    largest = batches.largest_of(lambda plan, _: trial.needs(plan), (), 2e9, 2, 64)
     assert largest == 5
 
 
