@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from blip2_train.config import BatchPlan, plan_batch
+from blip2_train.config import BatchPlan, batch_plan, plan_batch
 from blip2_train.errors import UserError
 from blip2_train.training.memory import CHECKPOINTED, GB, Memory
 
