@@ -17,6 +17,7 @@ The same command again goes on where it was killed. OUT/report.json lists all th
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import sys
 import time
@@ -188,6 +189,7 @@ def features(args: argparse.Namespace, command: str) -> int:
 
     from blip2_train.config import launch, to_plain
     from blip2_train.train import compose
+    from blip2_train.training.compiling import wants_compilation
     from blip2_train.training.features import write_features
 
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -205,8 +207,9 @@ def features(args: argparse.Namespace, command: str) -> int:
         store=args.store,
         batch=args.batch,
         device=torch.device("cuda", started.local_rank) if cuda else torch.device("cpu"),
-        workers=args.workers,
+        workers=args.workers or max(1, len(os.sched_getaffinity(0)) // started.local_world_size),
         launch=started,
+        compiled=wants_compilation(cfg["trainer"], cuda=cuda),
     )
     print(done)
     print("train with data.features=cached data.crop_scale=null data.flip=0")
@@ -276,7 +279,10 @@ def _parser() -> argparse.ArgumentParser:
         "--batch", type=whole(1), default=128, metavar="N", help="images at a time (128)"
     )
     command.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    add_workers(command)
+    command.add_argument(
+        "--workers", type=whole(1), metavar="N",
+        help="processes that decode (default: CPUs that this one may use, shared by all of them)",
+    )  # fmt: skip
     text = "check size, SHA-256 and offsets of every shard against the index"
     command = commands.add_parser("verify", help=text, description=text)
     command.set_defaults(run=verify)

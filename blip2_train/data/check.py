@@ -99,7 +99,10 @@ def verify_features(folder: Path, workers: int = 1) -> tuple[int, list[str]]:
     Raises:
         UserError: a table of them cannot be read, or a worker process was killed.
     """
-    from blip2_train.data.features import damage, listed_files  # torch: seconds in each process
+    from blip2_train.data.feature_files import (  # torch: seconds in each process
+        damage,
+        listed_files,
+    )
 
     files = listed_files(folder)
     found = _in_processes(damage, [(path,) for path in files], workers)

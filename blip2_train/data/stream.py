@@ -306,16 +306,16 @@ class EvalStream(Dataset[EvalSample | Skipped]):
         info, index = self._place(item)
         try:
             raw = _read(self._pool, self._source, info, index, self._max_words)
+            if not isinstance(raw, Usable):
+                return raw
+            try:
+                image = self._image(info, index, raw)
+            except BadImage as error:
+                return _skipped(self._source, info, raw.key, str(error))
         except ShardError as error:
             if self._reading.on_bad_shard == "error":
                 raise
             return _skipped(self._source, info, f"#{index}", f"bad shard: {error}")
-        if not isinstance(raw, Usable):
-            return raw
-        try:
-            image = self._image(info, index, raw)
-        except BadImage as error:
-            return _skipped(self._source, info, raw.key, str(error))
         name, tar = self._source.name, info.name
         captions = [self._prompt + caption for caption in raw.captions]
         image_id = sample_id(name, tar, raw.key, raw.image_id)

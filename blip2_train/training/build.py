@@ -128,9 +128,16 @@ def build_vision(
 
 
 def tower_identity(vision: VisionTower | CachedTower) -> dict[str, str]:
-    """What checkpoints hold in place of the tower's weights; its precision if it is not native."""
+    """What checkpoints hold in place of the tower's weights.
+
+    Its precision too if it is not native, and how features are stored if that loses something.
+    """
     identity = {"name": vision.name, "weights": vision.weights, "digest": vision.digest()}
-    return identity if vision.precision == "native" else identity | {"precision": vision.precision}
+    if vision.precision != "native":
+        identity["precision"] = vision.precision
+    if isinstance(vision, CachedTower) and vision.store != str(vision.dtype).removeprefix("torch."):
+        identity["store"] = vision.store
+    return identity
 
 
 def made_up_text(words: int, samples: int = 2, length: int = 16, rank: int = 0) -> dict[str, Any]:

@@ -5,6 +5,7 @@ take turns at the shards.
 """
 
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,20 +16,17 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from blip2_train.config import Launch
-from blip2_train.data.features import (
+from blip2_train.data.feature_files import (
     BLANK,
     SUFFIX,
     TABLE,
-    TRANSFORM,
-    Stored,
     Table,
-    features_folder,
-    read_file,
+    open_file,
     read_table,
-    tower_identity,
     write_file,
     write_table,
 )
+from blip2_train.data.features import TRANSFORM, features_folder, tower_identity
 from blip2_train.data.images import BadImage, load_rgb
 from blip2_train.data.index import read_index
 from blip2_train.data.pool import Reading, ShardPool
@@ -90,6 +88,7 @@ def write_features(
     device: torch.device,
     workers: int,
     launch: Launch,
+    compiled: bool,
 ) -> Outcome:
     """Computes what is not there yet.
 
@@ -102,6 +101,7 @@ def write_features(
         device: that computes.
         workers: processes that decode.
         launch: how this process was started.
+        compiled: compile the tower's blocks.
 
     Raises:
         UserError: shards or the tower cannot be read, or there are features in another `store`.
@@ -128,12 +128,13 @@ def write_features(
     place.mkdir(exist_ok=True)
     tower.to(device)
     start_tower(tower, device)
-    if device.type == "cuda":
+    if compiled:
         compile_blocks(tower)
     if launch.rank == 0:
         write_file(place / f"{BLANK}{SUFFIX}", pack(tower.blank(), table.store), table, "", {})
-    todo = [shard for shard in shards if _finished(place, shard, table) is None]
-    todo = todo[launch.rank :: launch.world_size]
+    # Not the other way round: processes that look at different times find other shards finished.
+    own = shards[launch.rank :: launch.world_size]
+    todo = [shard for shard in own if _finished(place, shard, table) is None]
     cosine = _compute(place, tower, table, todo, batch=batch, device=device, workers=workers)
     return _sum_up(place, table, folder, cosine)
 
@@ -203,7 +204,11 @@ def _compute(
         worker_init_fn=start_loader_process,
     )
     cosine = None
-    with tqdm(total=sum(s.samples for s in shards), unit=" images", disable=None) as progress:
+    pending: Future[None] | None = None
+    with (
+        tqdm(total=sum(s.samples for s in shards), unit=" images", disable=None) as progress,
+        ThreadPoolExecutor(1) as writer,  # a file is written while the next one is computed
+    ):
         found = _encoded(tower, zip(places, loader, strict=True), device)
         for number, shard in enumerate(shards):
             stored: Tensor | None = None
@@ -221,7 +226,12 @@ def _compute(
                 bad |= unusable
                 progress.update(len(packed))
             assert stored is not None
-            write_file(place / f"{shard.name}{SUFFIX}", stored, table, shard.sha256, bad)
+            if pending is not None:
+                pending.result()
+            path = place / f"{shard.name}{SUFFIX}"
+            pending = writer.submit(write_file, path, stored, table, shard.sha256, bad)
+        if pending is not None:
+            pending.result()
     return cosine
 
 
@@ -266,22 +276,24 @@ def _cosine(packed: Tensor, tokens: Tensor) -> float:
     return torch.cosine_similarity(kept, computed, dim=-1).mean().item()
 
 
-def _finished(place: Path, shard: StoredShard, table: Table) -> Stored | None:
-    """The file of a shard; None: it is not there, or of something else.
+def _finished(place: Path, shard: StoredShard, table: Table) -> int | None:
+    """Images of a finished file that have no features; None: it is not there, or of something else.
 
     Whether its numbers are still those that were written, `blip2-prepare verify` says.
     """
     try:
-        return read_file(place / f"{shard.name}{SUFFIX}", shard, table)
-    except (ShardError, OSError):
+        stored = open_file(place / f"{shard.name}{SUFFIX}", shard, table)
+    except ShardError:
         return None
+    stored.close()
+    return len(stored.bad)
 
 
 def _sum_up(place: Path, table: Table, folder: Path, cosine: float | None) -> Outcome:
     """Writes the table of all files that are there."""
     shards = _shards(folder, [])
     while True:
-        found = [(s, file) for s in shards if (file := _finished(place, s, table)) is not None]
+        found = [(s, bad) for s in shards if (bad := _finished(place, s, table)) is not None]
         files: dict[str, dict[str, Any]] = {
             shard.name: {
                 "tar": shard.sha256,
@@ -298,7 +310,7 @@ def _sum_up(place: Path, table: Table, folder: Path, cosine: float | None) -> Ou
         place,
         table,
         sum(shard.samples for shard, _ in found),
-        sum(len(file.bad) for _, file in found),
+        sum(bad for _, bad in found),
         sum(entry["bytes"] for entry in files.values()),
         cosine,
     )

@@ -59,7 +59,7 @@ def start_tower(vision: VisionTower | CachedTower, device: torch.device) -> None
     try:
         vision.convert()
         similarity = token_similarity(native, vision(image))
-    except UserError:
+    except (UserError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # of torchao's and the device's own kinds
         raise UserError(

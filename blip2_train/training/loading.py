@@ -13,6 +13,7 @@ from blip2_train.data.stream import EvalStream
 from blip2_train.distributed import World
 from blip2_train.errors import UserError
 from blip2_train.evaluation.retrieval import chunks
+from blip2_train.models.vision import VisionTower
 from blip2_train.training.checkpointing import load_trained
 from blip2_train.training.fit import STAGES
 from blip2_train.training.meter import Level
@@ -40,7 +41,8 @@ def load_run(folder: Path, changes: Mapping[str, Any] | None = None) -> tuple[St
     cfg["validation"] |= changes or {}
     stage = STAGES[cfg["stage"]](cfg)
     model = stage.build_model()
-    stage.start_frozen(model, torch.device("cpu"))  # the features that it was trained with
+    if isinstance(vision := getattr(model, "vision", None), VisionTower):
+        vision.convert()  # the features that it was trained with
     load_trained(model, io.load(path)["model"], stage.frozen_prefixes, path)
     model.requires_grad_(False)
     model.eval()

@@ -35,6 +35,9 @@ class Ahead:
             return
         stream = torch.cuda.Stream(device)
         for batch in self.batches:
+            # after all that was asked of the device before this step, so that the tower is never
+            # further ahead than a batch; that step itself is asked for only afterwards
+            stream.wait_stream(torch.cuda.current_stream(device))
             with torch.cuda.stream(stream):
                 seen = self._seen(batch, device)
                 ready = torch.cuda.Event()

@@ -156,8 +156,6 @@ def check_configuration(resume: Mapping[str, Any], cfg: Mapping[str, Any], world
         UserError: something changed that may not.
     """
     saved = {"stage": "stage1", **yaml.safe_load(resume["config"])}  # 0.1 knew no other stage
-    if "vision" in saved:  # and no other precision
-        saved["vision"] = {"precision": "native", **saved["vision"]}
     for change in compare_for_resume(saved, cfg, cfg["resume"]["allow"]):
         log.info("changed since the checkpoint: %s", change)
     if resume["world_size"] != world_size:
@@ -209,7 +207,7 @@ def check_frozen(
     """Compares the frozen parts' identities with the checkpoint's.
 
     Args:
-        parts: {part: {"name", "weights", "digest"}}, and "precision" where it is not native.
+        parts: {part: {"name", "weights", "digest"}}, and more, see `build.tower_identity`.
         resume: content of the checkpoint, None for a new run.
         path: of the checkpoint.
 
@@ -228,4 +226,11 @@ def check_frozen(
             raise UserError(
                 f"{part}.precision={now}, and {path} was trained with {before}; set "
                 f"{part}.precision={before}, or give the run a new run.name"
+            )
+        before, now = (each.get("store", "the tower's own") for each in (saved, identity))
+        if before != now:
+            raise UserError(
+                f"the cached features are stored in {now} precision, and {path} was trained with "
+                f"{before}; compute them again as they were (blip2-prepare features --store), or "
+                "give the run a new run.name"
             )

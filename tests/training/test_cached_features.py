@@ -6,9 +6,13 @@ it is close; another tower, transform or shard, and files that are missing or da
 in one sentence; a command that was killed goes on, and several processes share the work.
 """
 
-import io
+import errno
 import json
+import os
+import resource
 import shutil
+import signal
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +21,17 @@ import pytest
 import torch
 from forked import Forked, train
 from PIL import Image
-from safetensors import safe_open
 from tiny import tiny_run, tiny_stage_runs, train_in_process
 from whole_runs import assert_same_end, rows
 
-from blip2_train.data import features
+from blip2_train.checkpoint import io
+from blip2_train.data import feature_files, features
+from blip2_train.data.batch import EvalSample
 from blip2_train.data.index import read_index, write_index
+from blip2_train.data.pool import Reading
 from blip2_train.data.shards import ShardReader, write_shard
 from blip2_train.data.source import Source, open_source
+from blip2_train.data.stream import EvalStream
 from blip2_train.models.vision import VisionTower
 from blip2_train.prepare import main as prepare
 
@@ -227,7 +234,12 @@ def test_missing_and_damaged_files_are_refused(
     assert f"{path} does not exist" in refused(overrides, capsys)
     path.write_bytes(b"\xff" * len(whole))  # of the right size
     said = refused([*overrides, "data.max_skip_fraction=0.9"], capsys, code=3)
-    assert f"{path} cannot be read" in said
+    assert f"{path} is damaged" in said
+    (place(copied) / "features.json").write_text("{")
+    assert "delete this file alone" in refused(overrides, capsys)
+    (place(copied) / "features.json").unlink()
+    compute(copied)  # the damaged file again, and a table of all
+    assert train_in_process([*overrides, "data.max_skip_fraction=0.9", "trainer.max_steps=2"]) == 0
 
 
 def test_verify_finds_other_numbers(copied: Path, capsys: Capture) -> None:
@@ -274,7 +286,7 @@ def test_an_interrupted_command_goes_on(
         if len(written) == 3:
             raise KeyboardInterrupt
         written.append(path)
-        features.write_file(path, *given)
+        feature_files.write_file(path, *given)
 
     monkeypatch.setattr("blip2_train.training.features.write_file", interrupt)
     compute(copied, code=130)
@@ -296,6 +308,17 @@ def test_processes_share_the_shards(copied: Path) -> None:
     assert {path.name: path.read_bytes() for path in place(copied).iterdir()} == whole
 
 
+def test_processes_that_start_late_leave_nothing_out(copied: Path, monkeypatch: Patch) -> None:
+    names = {path.name for path in place(copied).iterdir()}
+    shutil.rmtree(place(copied))
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    for rank in ("1", "0", "2"):  # each finds what those before have finished
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        compute(copied)
+    assert {path.name for path in place(copied).iterdir()} == names
+
+
 def test_some_splits_first(copied: Path, tmp_path: Path, capsys: Capture) -> None:
     shutil.rmtree(place(copied))
     compute(copied, "--split", "train")
@@ -307,18 +330,75 @@ def test_some_splits_first(copied: Path, tmp_path: Path, capsys: Capture) -> Non
 
 
 def test_a_disk_that_recovers_is_waited_for(folder: Path, monkeypatch: Patch) -> None:
+    shard = source(folder).shards[0]
     found = features.open_features(table_of(folder)["tower"], [source(folder)], retry_seconds=9)
-    failures = [OSError("stale file handle")] * 2
+    wanted = found.read(shard, 5)
+    pauses: list[float] = []
+    monkeypatch.setattr("blip2_train.data.retries.time.sleep", pauses.append)
+    failures = {"opened": 2, "read": 2}
 
-    def flaky(*given: Any, **options: Any) -> Any:
-        if failures:
-            raise failures.pop()
-        return safe_open(*given, **options)
+    def failing(what: str, function: Any) -> Any:
+        def attempt(*given: Any, **options: Any) -> Any:
+            if failures[what]:
+                failures[what] -= 1
+                raise OSError(errno.ESTALE, "stale file handle")
+            return function(*given, **options)
 
-    monkeypatch.setattr(features, "safe_open", flaky)
-    monkeypatch.setattr("blip2_train.data.retries.time.sleep", lambda seconds: None)
-    assert found.read(source(folder).shards[0], 5).shape == found.blank[0].shape
-    assert not failures
+        return attempt
+
+    monkeypatch.setattr(feature_files.os, "preadv", failing("read", os.preadv))
+    monkeypatch.setattr(Path, "open", failing("opened", Path.open))
+    assert found.read(shard, 5).equal(wanted)  # opened anew after the first failure
+    assert len(pauses) == 4 and not any(failures.values())
+
+
+def test_too_many_open_files_are_not_taken_for_a_missing_one(folder: Path) -> None:
+    path = min(place(folder).glob("train-*"))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+    try:
+        with pytest.raises(OSError, match="Too many open files"):
+            feature_files.open_file(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_full_disk_is_an_os_error(folder: Path, tmp_path: Path) -> None:
+    table = feature_files.read_table(place(folder))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    usual = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(OSError, match=r"could not be written|File too large"):
+            feature_files.write_file(tmp_path / "x", torch.zeros(9, 99, 9), table, "", {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, usual)
+    assert not list(tmp_path.iterdir())
+
+
+def test_validation_leaves_a_damaged_shard_out_where_training_does(copied: Path) -> None:
+    path = min(place(copied).glob("val-*"))
+    path.write_bytes(b"\xff" * path.stat().st_size)
+    held_out = open_source("validation", copied, "val")
+    found = features.open_features(table_of(copied)["tower"], [held_out])
+    images = EvalStream(held_out, None, features=found, reading=Reading(on_bad_shard="skip"))
+    item = images[0]
+    assert not isinstance(item, EvalSample) and "bad shard" in item["reason"]
+
+
+def test_a_cache_in_fewer_bits_is_another_one_for_a_resumed_run(
+    copied: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    changes = CACHED | {"data.max_skip_fraction": 0.5, "validation.every": "null"}
+    overrides = tiny_run(copied, tmp_path, "run", **changes)
+    assert train_in_process(overrides) == 0
+    newest = io.newest_valid(tmp_path / "run" / "checkpoints")
+    assert newest is not None
+    newest.unlink()
+    shutil.rmtree(place(copied))
+    compute(copied, "--store", "float8")
+    assert "the cached features are stored in float8" in refused(overrides, capsys)
 
 
 def test_features_are_those_of_the_whole_image(folder: Path) -> None:
@@ -327,9 +407,7 @@ def test_features_are_those_of_the_whole_image(folder: Path) -> None:
     shard = source(folder).shards[0]
     stored = found.read(shard, 5)
     raw = ShardReader(shard.location, shard).read(5)
-    image = (
-        Image.open(io.BytesIO(raw.image)).convert("RGB").resize((32, 32), Image.Resampling.BICUBIC)
-    )
+    image = Image.open(BytesIO(raw.image)).convert("RGB").resize((32, 32), Image.Resampling.BICUBIC)
     tower = VisionTower("test_vit", image_size=32, weights="random")
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
     torch.testing.assert_close(stored, tower(pixels)[0], rtol=1e-4, atol=1e-5)
