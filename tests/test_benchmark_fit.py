@@ -152,6 +152,13 @@ def test_parts_and_other_ranks_count() -> None:
     assert sketch.memory(plan_batch(64 * 8, 1, 8)).activations > 1.02 * whole  # 448 elsewhere
 
 
+def test_a_tower_that_runs_ahead_counts_on_top() -> None:
+    words = [[*STAGE1, f"trainer.overlap={overlap}"] for overlap in ("false", "true")]
+    plain, ahead = (Sketch(fit.configuration(w, 1)).memory(plan_batch(8, 1, 1)) for w in words)
+    smaller = min(plain.tower, plain.activations + plain.logits)
+    assert smaller > 0 and ahead.total - plain.total == pytest.approx(1.05 * smaller)
+
+
 def peak_of_step() -> int:
     """Of a step of all ranks; alone, of two imagined ones."""
     world, B = current_world(), 12
@@ -328,6 +335,26 @@ def test_a_trial_trains_what_a_training_trains(
     monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 10)
     largest = batches.largest_of(lambda plan, _: trial.needs(plan), (), 2e9, 2, 64)
     assert largest == 5
+
+
+def test_a_trial_computes_as_a_training_does() -> None:
+    """The tower in float8, a language model's capped logits: known from weights alone."""
+    pytest.importorskip("torchao")
+    tower = ["vision.precision=float8", "vision.dtype=bfloat16"]
+    cfg = fit.configuration([*stage2("opt"), *tower, "trainer.precision=32-true"], 1)
+    trial = Trial(cfg, Sketch(cfg), "cpu")
+    stored = {type(p.data).__name__ for p in trial.model.vision.parameters()}
+    assert "Float8Tensor" in stored
+    gemma = "{model_type: gemma2, hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 2,"
+    gemma += " num_key_value_heads: 1, head_dim: 16, intermediate_size: 64, vocab_size: 99,"
+    gemma += " final_logit_softcapping: 3.0}"
+    capped = [w for w in stage2("opt") if not w.startswith("language_model.config")]
+    cfg = fit.configuration([*capped, f"language_model.config={gemma}"], 1)
+    trial = Trial(cfg, Sketch(cfg), "cpu")
+    real = STAGES["stage2"](cfg).build_model(shapes_only=True).language_model
+    ours = trial.model.language_model
+    assert ours._head_form == real._head_form == "rows"
+    assert ours._mask_form == real._mask_form
 
 
 # -- docs/performance.md ---------------------------------------------------------------------------

@@ -52,4 +52,10 @@ def test_a_command_that_fails_is_named(tmp_path: Path) -> None:
         capture_output=True, text=True, timeout=60,
     )  # fmt: skip
     assert done.returncode == 1
-    assert done.stderr.strip().startswith("failed: tower_vitg tower_vitg_float8")
+    assert done.stderr.strip().startswith("failed: stage1_vitg stage1_vitg_float8")
+    only = subprocess.run(
+        ["sh", str(SCRIPT), str(tmp_path / "out")],
+        env=os.environ | TINY | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "ONLY": "tower_vitg"},
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert only.stderr.strip() == "failed: tower_vitg"

@@ -143,7 +143,7 @@ def compares(cfg: Mapping[str, Any]) -> bool:
 
 def describe(cfg: Mapping[str, Any], advice: Advice) -> list[str]:
     """What to paste, and what it means."""
-    plan = advice.plan
+    plan, before = advice.plan, batch_plan(cfg, advice.plan.world_size).contrastive
     lines = [
         f"recommended: {' '.join(advice.overrides) or 'no override: it fits as it is'}",
         f"  {plan}",
@@ -152,5 +152,10 @@ def describe(cfg: Mapping[str, Any], advice: Advice) -> list[str]:
         lines.append(
             f"  without loss.itc.cache=true contrast would compare {plan.size // plan.parts} "
             f"samples in place of {plan.contrastive}"
+        )
+    if compares(cfg) and plan.contrastive != before:
+        lines.append(
+            f"  as configured contrast compares {before} samples; to keep that, set batch.size and "
+            "batch.accumulate yourself"
         )
     return lines

@@ -30,8 +30,9 @@ from blip2_train.training.overlap import Ahead, to_device
 if TYPE_CHECKING:
     from blip2_train.benchmarks.step import StepBench
 
-WARM_UP = 2  # steps that are not measured
-WINDOWS = 3  # of each, in turn
+WARM_UP = 2  # steps that are not measured, at least
+WINDOWS = 3  # of each, in turn, where batches come from memory
+PREFETCHED = 2  # batches that a loader process has ready, torch's default
 DIFFERENT = 4  # batches in memory, used in turn
 
 
@@ -51,7 +52,7 @@ def steps_in_a_row(bench: StepBench, steps: int, *, loader: bool) -> dict[str, A
 
     Args:
         bench: of a stage.
-        steps: that are measured.
+        steps: that are measured; more where loader processes must first be used up.
         loader: feed them from the configuration's data.
 
     Returns:
@@ -59,11 +60,14 @@ def steps_in_a_row(bench: StepBench, steps: int, *, loader: bool) -> dict[str, A
         `data_wait_share`.
     """
     found: dict[str, list[dict[str, float]]] = {"plain": [], "overlap": []}
-    for _ in range(WINDOWS):
+    # what loader processes have ready at the start says nothing of how fast they are
+    ahead = PREFETCHED * bench.cfg["data"]["num_workers"] if loader else 0
+    warm_up, steps = max(WARM_UP, ahead + 2), max(steps, 3 * ahead)
+    for _ in range(1 if loader else WINDOWS):
         for name, windows in found.items():
             batches = _loaded(bench) if loader else _in_memory(bench)
             feeder = Feeder(batches, bench.stage.text_bucket, World())
-            windows.append(_measure(bench, feeder, steps, overlap=name == "overlap"))
+            windows.append(_measure(bench, feeder, warm_up, steps, overlap=name == "overlap"))
 
     def best(windows: list[dict[str, float]]) -> dict[str, float]:
         return max(windows, key=lambda window: window["samples_per_second"])
@@ -74,14 +78,16 @@ def steps_in_a_row(bench: StepBench, steps: int, *, loader: bool) -> dict[str, A
     }
 
 
-def _measure(bench: StepBench, feeder: Feeder, steps: int, *, overlap: bool) -> dict[str, float]:
+def _measure(
+    bench: StepBench, feeder: Feeder, warm_up: int, steps: int, *, overlap: bool
+) -> dict[str, float]:
     module = bench.stage.build_module(bench.model, plan_batch(bench.batch, 1, 1)).to(bench.device)
     optimizer = bench.optimizers["ours"]
     batches = iter(Ahead(feeder, module) if overlap else feeder)
     following = next(batches)
     started = waited = 0.0
-    for number in range(WARM_UP + steps):
-        if number == WARM_UP:
+    for number in range(warm_up + steps):
+        if number == warm_up:
             _wait_for(bench.device)
             started, waited = time.perf_counter(), feeder.wait_seconds
         batch, following = following, next(batches)  # as Lightning: the next one before the step
@@ -104,7 +110,7 @@ def _in_memory(bench: StepBench) -> Iterator[dict[str, Any]]:
     """The same few made-up batches again and again."""
     batches = []
     for seed in range(DIFFERENT):
-        batch = to_device(bench.made_up(bench.batch, seed), torch.device("cpu"))
+        batch = apply_to_collection(bench.made_up(bench.batch, seed), Tensor, Tensor.cpu)
         pinned = bench.device.type == "cuda"
         batches.append(apply_to_collection(batch, Tensor, Tensor.pin_memory) if pinned else batch)
     return itertools.cycle(batches)

@@ -68,6 +68,10 @@ def run(
         found = choices(cfg, sketch, estimate, needs, memory, world)
         if not any(choice.largest for choice in found):
             check_room(cfg, found[-1].memory, memory)
+            raise UserError(
+                "not one sample fits, although the estimate for one is "
+                f"{found[-1].memory.total / GB:.1f} GB; {taken_by_others()}"
+            )
         advice = advise(cfg, found, needs, memory, world)
     record = {
         "name": f"fit {cfg['run']['name']}",
@@ -203,7 +207,10 @@ def measurements(cfg: Mapping[str, Any], sketch: Sketch, memory: float) -> Needs
     """What this GPU was seen to need, each plan once; it is given so much memory and no more."""
     whole = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction((memory - CONTEXT) / whole)
-    trial = Trial(cfg, sketch)
+    try:
+        trial = Trial(cfg, sketch)
+    except torch.OutOfMemoryError:
+        raise UserError(f"the weights do not fit this GPU; {taken_by_others()}") from None
 
     @functools.cache
     def needs(plan: BatchPlan, recomputed: Parts) -> float:
@@ -211,6 +218,13 @@ def measurements(cfg: Mapping[str, Any], sketch: Sketch, memory: float) -> Needs
         return trial.needs(plan)
 
     return needs
+
+
+def taken_by_others() -> str:
+    """What other processes hold of this GPU, as a part of a sentence."""
+    free, whole = torch.cuda.mem_get_info()
+    others = whole - free - torch.cuda.memory_reserved()
+    return f"other processes hold {others / GB:.1f} GB of it: end them, or give a smaller model"
 
 
 def _checked(memory: float | None, cuda: bool) -> float:

@@ -8,6 +8,7 @@ is timed their losses and gradients are compared, in float32 without dropout.
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import sys
 import warnings
@@ -23,7 +24,7 @@ from blip2_train.benchmarks.clock import Clock
 from blip2_train.benchmarks.fed import check_data, fed_table, steps_in_a_row
 from blip2_train.benchmarks.sides import OURS, SIDES, TEXTBOOK, ratios, table
 from blip2_train.models.cached_tower import CachedTower, pack
-from blip2_train.models.counting import HostReads, saved_bytes
+from blip2_train.models.counting import HostReads, saved_bytes, stored_bytes
 from blip2_train.models.vision import VisionTower
 from blip2_train.training.compiling import compile_blocks, wants_compilation
 from blip2_train.training.fit import STAGES
@@ -98,7 +99,10 @@ class StepBench:
         self.cfg, self.batch, self.device = cfg, batch, device
         self.stage = STAGES[cfg["stage"]](cfg)
         self.model: Any = self.build_model().to(device).train()
-        if isinstance(self.model.vision, VisionTower):
+        # the reference's computes as it is, whatever ours does
+        self.towers = dict.fromkeys(SIDES, self.model.vision)
+        if self.model.vision.precision != "native" and isinstance(self.model.vision, VisionTower):
+            self.towers[TEXTBOOK] = copy.deepcopy(self.model.vision)
             self.model.vision.convert()
         if wants_compilation(cfg["trainer"], cuda=device.type == "cuda"):
             compile_blocks(self.model)
@@ -146,7 +150,7 @@ class StepBench:
 
     def features(self, side: str, batch: dict[str, Any]) -> Tensor:
         """The frozen tower's."""
-        return tower_features(self.model.vision, side, batch["image"])
+        return tower_features(self.towers[side], side, batch["image"])
 
     def losses(
         self, side: str, features: Tensor, batch: dict[str, Any], mark: Mark = lambda _: None
@@ -163,11 +167,17 @@ class StepBench:
     # -- what is compared ----------------------------------------------------------------------
 
     def compare(self) -> dict[str, Any]:
-        """Losses and gradients of both sides, in float32 and without dropout."""
+        """Losses and gradients of both sides, in float32, without dropout, and not compiled.
+
+        That compiled blocks compute the same has tests of its own; here they would be compiled for
+        a precision and a batch that nobody trains with.
+        """
         batch = self.made_up(min(COMPARED, self.batch), seed=0)
-        features = self.features(OURS, batch).float()
+        with torch.compiler.set_stance("force_eager"):
+            features = self.features(OURS, batch).float()
         results = []
-        with self.evaluating(), self.in_float32():
+        eager = torch.compiler.set_stance("force_eager")
+        with self.evaluating(), self.in_float32(), eager:
             for side in SIDES:
                 self.model.zero_grad()
                 out = self.step(side, features, batch, lambda _: None)
@@ -274,7 +284,10 @@ class StepBench:
             return None
         torch.cuda.reset_peak_memory_stats()
         self.timed_step(side, batch, Clock(self.device))
-        return torch.cuda.max_memory_allocated() / 2**20
+        others = [o for name, o in self.optimizers.items() if name != side]
+        states = [value for o in others for state in o.state.values() for value in state.values()]
+        idle = stored_bytes(states) if others else 0
+        return (torch.cuda.max_memory_allocated() - idle) / 2**20
 
     def host_waits(self, side: str, batch: dict[str, Any]) -> int:
         """Times that the host waits for the device within a step.

@@ -84,7 +84,9 @@ def as_published(lm: PreTrainedModel) -> Iterator[None]:
     lm.set_attn_implementation("eager")
     for module in ours:
         module.__class__ = nn.Linear  # type: ignore[assignment]
-    yield
-    for module in ours:
-        module.__class__ = Linear
-    lm.set_attn_implementation(usual)
+    try:
+        yield
+    finally:
+        for module in ours:
+            module.__class__ = Linear
+        lm.set_attn_implementation(usual)

@@ -10,10 +10,12 @@ from typing import Any
 import torch
 
 from blip2_train.config import BatchPlan
+from blip2_train.models.vision import VisionTower
 from blip2_train.training.compiling import compile_blocks, wants_compilation
 from blip2_train.training.fit import STAGES
-from blip2_train.training.memory import ALONE, CONTEXT, Sketch, give_storage, made_up_loss
+from blip2_train.training.memory import ALONE, CONTEXT, Sketch, made_up_loss
 
+MADE_UP = "blip2_train.benchmarks.stage2.MadeUpLanguageModel"  # drawn on the device
 STEPS = 2  # the optimizer's state is there from the first one's end on
 
 
@@ -29,16 +31,18 @@ class Trial:
 
     def __init__(self, cfg: Mapping[str, Any], sketch: Sketch, device: str = "cuda") -> None:
         self.cfg, self.device = cfg, device
+        if "language_model" in cfg:
+            cfg = {**cfg, "language_model": {**cfg["language_model"], "_target_": MADE_UP}}
         stage = STAGES[cfg["stage"]](cfg)
-        if cfg.get("language_model", {}).get("quantization"):
-            # packing wants real weights, which takes minutes
-            model = stage.build_model(shapes_only=True, device=torch.device(device)).to(device)
-        else:
-            with torch.device("meta"):
-                model = stage.build_model(shapes_only=True)
-            if cfg["trainer"]["precision"] == "64-true":
-                model.double()
-            give_storage(model, device)
+        model = stage.build_model(shapes_only=True, device=torch.device(device))
+        if cfg["trainer"]["precision"] == "64-true":
+            model.double()
+        model.to(device)
+        if isinstance(vision := getattr(model, "vision", None), VisionTower):
+            vision.convert()
+        self.stream = (
+            torch.cuda.Stream() if device == "cuda" and cfg["trainer"]["overlap"] else None
+        )
         trained = {name for name, p in sketch.model.named_parameters() if p.requires_grad}
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in trained)
@@ -66,7 +70,7 @@ class Trial:
     def step(self, plan: BatchPlan) -> None:
         """Forward, backward, optimizer, with texts of `text.max_tokens`."""
         precision, longest = self.cfg["trainer"]["precision"], self.cfg["text"]["max_tokens"]
-        made_up_loss(self.module, plan, precision, longest, self.device).backward()
+        made_up_loss(self.module, plan, precision, longest, self.device, self.stream).backward()
         self.module.configure_gradient_clipping(self.optimizer)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=False)  # DDP's buckets stay

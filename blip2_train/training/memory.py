@@ -45,6 +45,7 @@ class Memory:
     """Bytes on one device, by what they are for.
 
     Two phases take turns, and the larger decides: the tower, then forward and backward of the rest.
+    With `trainer.overlap` they run at the same time, and both count.
 
     Attributes:
         weights: of all parts, as they are stored.
@@ -53,6 +54,7 @@ class Memory:
         tower: the most while the frozen tower runs: images, features, a block's intermediates.
         activations: at the most of the rest: what the backward pass needs, features, temporaries.
         logits: what is alive of logits over a vocabulary then.
+        overlap: both phases count.
     """
 
     weights: float
@@ -61,11 +63,13 @@ class Memory:
     tower: float
     activations: float
     logits: float
+    overlap: bool = False
 
     @property
     def total(self) -> float:
         """That a device must have, with what is not tensors (`CONTEXT`, `GAPS`)."""
-        step = max(self.tower, self.activations + self.logits)
+        rest = self.activations + self.logits
+        step = self.tower + rest if self.overlap else max(self.tower, rest)
         return (self.weights + self.gradients + self.optimizer + step) * (1 + GAPS) + CONTEXT
 
 
@@ -75,7 +79,12 @@ def step_world(plan: BatchPlan) -> World:
 
 
 def made_up_loss(
-    module: StageModule, plan: BatchPlan, precision: str, longest: int | None, device: str = "cpu"
+    module: StageModule,
+    plan: BatchPlan,
+    precision: str,
+    longest: int | None,
+    device: str = "cpu",
+    stream: torch.cuda.Stream | None = None,
 ) -> Tensor:
     """Loss of a made-up batch that is as large as one of a training.
 
@@ -85,6 +94,7 @@ def made_up_loss(
         precision: `trainer.precision`.
         longest: tokens of each text, None: as many as is usual.
         device: "cpu" or "cuda".
+        stream: that the tower runs on; its memory is then not the rest's to reuse.
     """
     module.batch = plan
     batch = module.rehearsal_batch(plan.per_device, longest)
@@ -92,9 +102,13 @@ def made_up_loss(
     batch["tokens"] = [longest or module.usual_tokens] * plan.per_device
     moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
     del batch
+    with torch.cuda.stream(stream):
+        seen = module.see(moved)
+    if stream is not None:
+        torch.cuda.current_stream().wait_stream(stream)
     # it ends before the backward pass, and with it what it has cast of the weights
     with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16-mixed"):
-        return module.step(module.see(moved), 0, 0, step_world(plan))["loss"]
+        return module.step(seen, 0, 0, step_world(plan))["loss"]
 
 
 class Sketch:
@@ -118,7 +132,7 @@ class Sketch:
         self.packed = 0.0  # bytes that weights take less than their tensors say
         self.fakes = FakeTensorMode(allow_non_fake_inputs=True)
         with self.fakes:
-            give_storage(model, "cpu")
+            fake_on_cpu(model)
             quantization = cfg.get("language_model", {}).get("quantization")
             if quantization is not None:
                 self.packed = quantize_shapes(model.language_model.lm, quantization)
@@ -150,6 +164,7 @@ class Sketch:
             tower=max(0, tower[0] - gradients),
             activations=peak[""] - gradients,
             logits=peak["logits"],
+            overlap=self.cfg["trainer"]["overlap"],
         )
 
     def flops(self) -> tuple[float, float]:
@@ -233,11 +248,10 @@ def _phase(model: Any, live: LiveBytes) -> Iterator[list[int]]:
         handle.remove()
 
 
-def give_storage(module: nn.Module, device: str) -> None:
-    """Gives a meta model's tensors memory on a device, in place; their values are arbitrary.
+def fake_on_cpu(module: nn.Module) -> None:
+    """Makes a meta model's tensors fake CPU ones, inside a `FakeTensorMode`.
 
-    Inside a `FakeTensorMode` that is none. The meta device itself knows no autocast, so what a
-    mixed-precision step keeps cannot be seen there.
+    The meta device knows no autocast, so what a mixed-precision step keeps cannot be seen there.
     """
     made: dict[nn.Parameter, nn.Parameter] = {}  # tied parameters stay tied
     for child in module.modules():
@@ -245,9 +259,9 @@ def give_storage(module: nn.Module, device: str) -> None:
             if parameter is None:
                 continue
             if parameter not in made:
-                value = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
-                made[parameter] = nn.Parameter(value.normal_(std=0.02), parameter.requires_grad)
+                fake = torch.empty(parameter.shape, dtype=parameter.dtype)
+                made[parameter] = nn.Parameter(fake, parameter.requires_grad)
             child._parameters[name] = made[parameter]
         for name, buffer in list(child._buffers.items()):
             if buffer is not None:
-                child._buffers[name] = torch.zeros(buffer.shape, dtype=buffer.dtype, device=device)
+                child._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
