@@ -64,6 +64,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
         assert values["cpu_seconds"] > 0 and values["share_of_ceiling"] > 0
         assert values["peak_memory_mib"] is None
     speeds = [record[side]["images_per_second"] for side in ("ours", "baseline")]
+    assert record["equal"] is True
     assert record["speedup"] == pytest.approx(speeds[0] / speeds[1])
     table = capsys.readouterr().out
     assert "tower vitg: 2 images" in table and "cosine of both sides' features" in table

@@ -42,7 +42,7 @@ from blip2_train.training.compiling import compile_blocks
 from blip2_train.training.feeding import start_loader_process
 from blip2_train.training.float8 import start_tower
 
-Place = tuple[int, int]  # shard, image in it
+Place = tuple[int, int, int]  # shard, its first image, past the last
 
 
 @dataclass(frozen=True)
@@ -151,35 +151,39 @@ def _shards(folder: Path, splits: list[str]) -> list[StoredShard]:
     ]
 
 
-class ShardImages(Dataset[Tensor | str]):
-    """Every image of some shards as the tower is to see it, or why it cannot be used.
+class ShardImages(Dataset[list[Tensor | str]]):
+    """Batches of all images of some shards, as the tower is to see them, or why one cannot be used.
 
     Args:
         shards: to read.
         image_size: side in pixels.
+        batch: images at a time, never of two shards.
     """
 
-    def __init__(self, shards: list[StoredShard], image_size: int) -> None:
+    def __init__(self, shards: list[StoredShard], image_size: int, batch: int) -> None:
         self.shards = shards
         self.transform = EvalTransform(image_size)
         self.pool = ShardPool(Reading())
+        self.places: list[Place] = [
+            (number, start, min(start + batch, shard.samples))
+            for number, shard in enumerate(shards)
+            for start in range(0, shard.samples, batch)
+        ]
 
-    def __getitem__(self, place: Place) -> Tensor | str:
-        shard, index = place
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, number: int) -> list[Tensor | str]:
+        shard, start, end = self.places[number]
+        return [self._image(self.shards[shard], index) for index in range(start, end)]
+
+    def _image(self, shard: StoredShard, index: int) -> Tensor | str:
         try:
-            return self.transform(load_rgb(self.pool.read(self.shards[shard], index).image))
+            return self.transform(load_rgb(self.pool.read(shard, index).image))
         except BadImage as error:
             return str(error)
         except SampleError as error:
             return error.reason
-
-    def batches(self, size: int) -> list[list[Place]]:
-        """Places in order, `size` at a time, never of two shards."""
-        return [
-            [(number, index) for index in range(start, min(start + size, shard.samples))]
-            for number, shard in enumerate(self.shards)
-            for start in range(0, shard.samples, size)
-        ]
 
 
 def _compute(
@@ -193,13 +197,11 @@ def _compute(
     workers: int,
 ) -> float | None:
     """Writes the files of some shards; returns how close what is stored comes, see `Outcome`."""
-    images = ShardImages(shards, tower.image_size)
-    places = images.batches(batch)
+    images = ShardImages(shards, tower.image_size, batch)
     loader = DataLoader(
         images,
-        batch_sampler=places,
+        batch_size=None,
         num_workers=workers,
-        collate_fn=list,
         pin_memory=device.type == "cuda",
         worker_init_fn=start_loader_process,
     )
@@ -209,7 +211,7 @@ def _compute(
         tqdm(total=sum(s.samples for s in shards), unit=" images", disable=None) as progress,
         ThreadPoolExecutor(1) as writer,  # a file is written while the next one is computed
     ):
-        found = _encoded(tower, zip(places, loader, strict=True), device)
+        found = _encoded(tower, zip(images.places, loader, strict=True), device)
         for number, shard in enumerate(shards):
             stored: Tensor | None = None
             bad: dict[int, str] = {}
@@ -236,23 +238,17 @@ def _compute(
 
 
 def _encoded(
-    tower: VisionTower,
-    batches: Iterator[tuple[list[Place], list[Tensor | str]]],
-    device: torch.device,
+    tower: VisionTower, batches: Iterator[tuple[Place, list[Tensor | str]]], device: torch.device
 ) -> Iterator[tuple[Place, Tensor, dict[int, str]]]:
-    """First place, tokens [n, P, Dv] on the device (zeros where there are none), and why not."""
-    for places, images in batches:
-        bad = {
-            index: image for (_, index), image in zip(places, images, strict=True)
-            if isinstance(image, str)
-        }  # fmt: skip
+    """Where images are, tokens [n, P, Dv] on the device (zeros where there are none), why not."""
+    for (shard, start, end), images in batches:
+        bad = {start + row: why for row, why in enumerate(images) if isinstance(why, str)}
         blank = torch.zeros(3, tower.image_size, tower.image_size, dtype=torch.uint8)
         pixels = torch.stack([blank if isinstance(image, str) else image for image in images])
         tokens = tower(pixels.to(device, non_blocking=True))
-        for row, (_, index) in enumerate(places):
-            if index in bad:
-                tokens[row] = 0
-        yield places[0], tokens, bad
+        for index in bad:
+            tokens[index - start] = 0
+        yield (shard, start, end), tokens, bad
 
 
 def _next(
@@ -260,7 +256,7 @@ def _next(
 ) -> tuple[int, Tensor, dict[int, str]]:
     """The next batch, which is of this shard."""
     try:
-        (shard, start), tokens, bad = next(found)
+        (shard, start, _), tokens, bad = next(found)
     except (OSError, ShardError) as error:
         # where a loader process raised it, the message is a whole traceback
         raise UserError(str(error).strip().splitlines()[-1]) from error
