@@ -263,9 +263,9 @@ def test_a_folder_without_features_says_what_to_run(
 
 
 def test_the_command_refuses_what_cannot_be(folder: Path, capsys: Capture) -> None:
-    compute(folder, "--split", "trian", code=2)
-    assert "--split trian: the splits of" in capsys.readouterr().err
-    compute(folder, code=2, **{"vision.nam": "x"})
+    compute(folder, "--split", "trains", code=2)
+    assert "--split trains: the splits of" in capsys.readouterr().err
+    compute(folder, code=2, **{"vision.names": "x"})
     assert "did you mean vision.name?" in capsys.readouterr().err
 
 
