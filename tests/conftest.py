@@ -37,7 +37,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: next(i for i, part in enumerate(LONGEST) if part in item.nodeid))
 
 
-LONGEST = ("slurm/test_job", "test_demo", "test_kill", "slurm/", "training/", "")
+# ... but for a second Slurm, which waits for the first to end.
+LONGEST = ("slurm/test_job", "test_demo", "test_kill", "training/", "slurm/", "")
 
 
 @pytest.fixture(scope="session")

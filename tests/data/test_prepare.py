@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from whole_runs import children_of
 
 from blip2_train.data.index import read_index
 from blip2_train.data.plan import Item, PlannedShard, plan_shards
@@ -334,8 +335,12 @@ def test_killed_and_run_again(tmp_path: Path) -> None:
         while len(list(out.glob("*.tar"))) < tars and process.poll() is None:
             assert time.monotonic() < deadline
             time.sleep(0.002)
+        workers = children_of(process.pid) if process.poll() is None else []
         process.send_signal(signal.SIGKILL)
         codes.append(process.wait())
+        while any(Path(f"/proc/{pid}").exists() for pid in workers):  # a file may be half written
+            assert time.monotonic() < deadline + 20
+            time.sleep(0.01)
     assert -signal.SIGKILL in codes  # it may be done before the second
     (out / ".train-000099.tar.1.tmp").write_bytes(b"left over")
     assert run(*args, "--out", out) == 0
