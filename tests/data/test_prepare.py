@@ -22,7 +22,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from whole_runs import children_of
 
 from blip2_train.data.index import read_index
 from blip2_train.data.plan import Item, PlannedShard, plan_shards
@@ -335,7 +334,9 @@ def test_killed_and_run_again(tmp_path: Path) -> None:
         while len(list(out.glob("*.tar"))) < tars and process.poll() is None:
             assert time.monotonic() < deadline
             time.sleep(0.002)
-        workers = children_of(process.pid) if process.poll() is None else []
+        workers = []
+        if process.poll() is None:
+            workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         process.send_signal(signal.SIGKILL)
         codes.append(process.wait())
         while any(Path(f"/proc/{pid}").exists() for pid in workers):  # a file may be half written
