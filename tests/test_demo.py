@@ -103,7 +103,7 @@ def interrupted(out: Path, parts: list[str], rng: random.Random) -> int:
 def test_killed_it_leaves_the_same_report(undisturbed: Path) -> None:
     """In one part, after the others were done."""
     before = numbers(undisturbed), page(undisturbed)
-    part = random.choice(RUNS)  # in the last part it might be over before it is killed
+    part = random.choice([*RUNS])  # in the last part it might be over before it is killed
     for later in PARTS[PARTS.index(part) : -1]:
         shutil.rmtree(undisturbed / later)
     for name in ("report.json", "report.html"):
