@@ -63,7 +63,9 @@ def steps_in_a_row(bench: StepBench, steps: int, *, loader: bool) -> dict[str, A
     # what loader processes have ready at the start says nothing of how fast they are
     ahead = PREFETCHED * bench.cfg["data"]["num_workers"] if loader else 0
     warm_up, steps = max(WARM_UP, ahead + 2), max(steps, 3 * ahead)
-    for _ in range(1 if loader else WINDOWS):
+    windows_each = 1 if loader else WINDOWS
+    steps = -(-steps // windows_each)
+    for _ in range(windows_each):
         for name, windows in found.items():
             batches = _loaded(bench) if loader else _in_memory(bench)
             feeder = Feeder(batches, bench.stage.text_bucket, World())
