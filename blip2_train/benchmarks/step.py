@@ -7,6 +7,7 @@ is timed their losses and gradients are compared, in float32 without dropout.
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import copy
 import functools
@@ -77,7 +78,7 @@ def run_steps(
     return [record]
 
 
-class StepBench:
+class StepBench(abc.ABC):
     """Model, optimizers and batches of both sides.
 
     Args:
@@ -119,27 +120,27 @@ class StepBench:
 
     # -- what a stage says ---------------------------------------------------------------------
 
+    @abc.abstractmethod
     def build_model(self) -> Any:
         """With random weights; nothing is downloaded."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def shapes(self) -> dict[str, Any]:
         """Of the batch and the model; at least `batch` and `precision`."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def made_up(self, samples: int, seed: int) -> dict[str, Any]:
         """A random batch on the device, with images uint8 [B, 3, S, S]."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def step(
         self, side: str, features: Tensor, batch: dict[str, Any], mark: Mark
     ) -> dict[str, Tensor]:
         """From features to the losses of one side, in the precision around; marks its phases."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def trained_flops(self, side: str, features: Tensor, batch: dict[str, Any]) -> dict[str, int]:
         """Operations of forward and backward from features, by part, none counted twice."""
-        raise NotImplementedError
 
     @contextlib.contextmanager
     def in_float32(self) -> Iterator[None]:
