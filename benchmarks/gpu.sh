@@ -18,6 +18,7 @@ rounds=${ROUNDS:-10}
 samples=${SAMPLES:-4096}                     # rendered images
 batch=${BATCH:-128}
 fits=${FITS-stage1_vitg stage1_vitl stage2_vitg_opt2_7b stage2_vitg_flant5xl}
+memory=${MEMORY:+--memory $MEMORY}            # empty: this GPU's, in which steps are really run
 seconds=${SECONDS_EACH:-600}
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
@@ -71,7 +72,7 @@ float8="vision.precision=float8 vision.dtype=bfloat16"
         $overrides $shards data.features=cached $whole
 
     for experiment in $fits; do
-        measure "fit_$experiment" fit "experiment=$experiment" $overrides
+        measure "fit_$experiment" fit $memory "experiment=$experiment" $overrides
     done
 }
 if [ -n "$failed" ]; then

@@ -15,6 +15,7 @@ TINY = {
     "SAMPLES": "48",
     "STAGE2": "vitg_opt2_7b",
     "FITS": "stage1_vitg",
+    "MEMORY": "4GB",
     "OVERRIDES": "vision=tiny_random vision.image_size=32 vision.name=test_vit qformer=tiny "
     "trainer.precision=32-true",
     "OVERRIDES2": "language_model.dtype=float32 language_model.config={model_type:opt,"
