@@ -167,8 +167,12 @@ class ShardReader:
     def __reduce__(self) -> tuple[Any, ...]:
         return ShardReader, (self.location, self.info, self._cache)
 
-    def read(self, i: int) -> RawSample:
+    def read(self, i: int, *, need_captions: bool = True) -> RawSample:
         """Read sample `i` with one positioned read.
+
+        Args:
+            i: its number.
+            need_captions: see `raw_sample`.
 
         Raises:
             IndexError: `i` is not in [0, len).
@@ -187,7 +191,7 @@ class ShardReader:
                 f"{self.location} ends inside sample {i}: it was cut after it was opened"
             )
         key, contents = self._contents(i, blob)
-        return raw_sample(key, contents)
+        return raw_sample(key, contents, need_captions=need_captions)
 
     @property
     def offsets(self) -> np.ndarray:
