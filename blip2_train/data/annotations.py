@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from blip2_train.errors import UserError
 
@@ -199,7 +199,7 @@ def text_of(path: Path, entry: dict[str, Any], name: str) -> str:
     return value
 
 
-def is_unicode(text: Any) -> bool:
+def is_unicode(text: Any) -> TypeGuard[str]:
     """Whether it is text that can be encoded: JSON may hold half of a surrogate pair."""
     return isinstance(text, str) and not any("\ud800" <= letter <= "\udfff" for letter in text)
 

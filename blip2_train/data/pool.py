@@ -31,12 +31,14 @@ class Reading:
         retry_seconds: for how long an I/O error is tried again before it ends the run.
         on_bad_shard: "error", or "skip": the samples of a shard that cannot be read are replaced.
         max_open_shards: per process.
+        need_captions: an image without captions cannot be used.
     """
 
     cache: Cache = field(default_factory=lambda: Cache(default_cache_dir(), 100 * GIGABYTE))
     retry_seconds: float = RETRY_SECONDS
     on_bad_shard: Literal["error", "skip"] = "error"
     max_open_shards: int = MAX_OPEN_SHARDS
+    need_captions: bool = True
 
 
 class ShardPool:
@@ -61,7 +63,7 @@ class ShardPool:
             raise ShardError(self._unusable[info.location])
         try:
             return with_retries(
-                lambda: self._reader(info).read(index),
+                lambda: self._reader(info).read(index, need_captions=self._reading.need_captions),
                 self._reading.retry_seconds,
                 info.location,
                 # A stale handle of a network file system never recovers: open the file anew.
