@@ -87,7 +87,8 @@ class ShardPool:
             while len(self._readers) >= self._reading.max_open_shards:
                 self._close(next(iter(self._readers)))
             cache = self._reading.cache if is_remote(info.folder) else None
-            self._readers[location] = ShardReader(location, info, cache)
+            needed = self._reading.need_captions
+            self._readers[location] = ShardReader(location, info, cache, needed)
         self._readers.move_to_end(location)
         return self._readers[location]
 

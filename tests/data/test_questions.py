@@ -80,9 +80,9 @@ def questions(out: Path, split: str) -> dict[Any, list[Question]]:
     """Of each image id, as a sample has them."""
     found = {}
     for info in read_index(out).values():
-        reader = ShardReader(out / info.name, info)
+        reader = ShardReader(out / info.name, info, need_captions=False)
         for number in range(len(reader) if info.split == split else 0):
-            meta = reader.read(number, need_captions=False).meta
+            meta = reader.read(number).meta
             assert meta["captions"] == []
             found[meta["image_id"]] = parse_questions(meta["questions"])
     return found
