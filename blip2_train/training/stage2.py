@@ -163,11 +163,13 @@ class Stage2(Stage):
     @property
     def asks(self) -> bool:
         """Whether questions are trained on, which the Q-Former reads."""
-        return self.cfg["data"]["text"] == "questions"
+        return self.cfg["data"].get("text") == "questions"  # a key that older checkpoints lack
 
     @functools.cached_property
-    def question_tokenizer(self) -> Any:
-        """The Q-Former's, of questions."""
+    def tokenizer(self) -> Any:
+        """The Q-Former's, of questions; None where it reads none."""
+        if not self.asks:
+            return None
         settings = {"tokenizer": self.cfg["text"]["tokenizer"]}
         return build_text_tokenizer({**settings, "vocab_size": self.cfg["model"]["vocab_size"]})
 
@@ -189,7 +191,7 @@ class Stage2(Stage):
 
     def tokenizers(self) -> dict[str, Any]:
         """The language model's, and the Q-Former's where it reads questions."""
-        own = {"tokenizer": self.question_tokenizer} if self.asks else {}
+        own = {"tokenizer": self.tokenizer} if self.asks else {}
         return {"language model's tokenizer": self.text, **own}
 
     def download(self) -> None:
@@ -210,7 +212,7 @@ class Stage2(Stage):
         del settings["init"]
         keep_text, words = self.cfg["model"]["keep_text"], self.cfg["model"]["vocab_size"]
         if self.asks and (words is None or not shapes_only):
-            words = len(self.question_tokenizer) - 1
+            words = len(self.tokenizer) - 1
         seed_weights(self.cfg["seed"])
         qformer = instantiate_group(
             "qformer",
@@ -346,7 +348,7 @@ class Stage2(Stage):
         """Puts evaluation batches together."""
         settings = self._text_settings()
         if self.asks:
-            put = functools.partial(collate_causal, **settings)
+            put: Any = functools.partial(collate_causal, **settings)
             if self.encoder_decoder:
                 put = functools.partial(collate_seq2seq, prefix="none", **settings)
             return functools.partial(
@@ -363,7 +365,7 @@ class Stage2(Stage):
         return functools.partial(
             collate_questions,
             collate=collate,
-            tokenizer=self.question_tokenizer,
+            tokenizer=self.tokenizer,
             max_question_tokens=self.cfg["text"]["max_question_tokens"],
             bucket=self.cfg["text"]["bucket"],
         )
