@@ -34,10 +34,11 @@ from blip2_train.models.stage2 import Blip2Stage2, Question, question_of
 from blip2_train.training.build import (
     build_text_tokenizer,
     build_vision,
+    frozen_tower,
     initialise_qformer,
     instantiate_group,
+    log_account,
     seed_weights,
-    tower_identity,
 )
 from blip2_train.training.float8 import start_tower
 from blip2_train.training.meter import Level, Meter
@@ -67,7 +68,7 @@ def stage2_step(
 
     Args:
         model: the stage-2 model.
-        image_embeds: [B, P, Dv] tokens of the frozen tower.
+        image_embeds: [B, P, Dv] tokens of the tower.
         batch: the text as `Blip2Stage2.text_loss_sum` takes it, or under `parts` such texts of
             some rows each, see `text_parts`; of questions also `question_ids` and `question_mask`.
         normalise: "global" or "rank", see `mean_losses`.
@@ -117,7 +118,7 @@ class Stage2Module(StageModule):
         return stage2_step(self.model, batch["image_tokens"], batch, self.normalise, world)
 
     def image_tokens(self, image: Tensor) -> Tensor:
-        """Of the frozen tower."""
+        """Of the tower."""
         return self.model.vision(image)
 
     def levels(self, contrastive: float) -> dict[str, Level]:
@@ -271,7 +272,7 @@ class Stage2(Stage):
             account = init_from(
                 model, Path(self.cfg["init_from"]), self.frozen_prefixes, LEFT_BEHIND
             )
-            log.info("init_from=%s: %s", self.cfg["init_from"], account)
+            log_account(self.cfg["init_from"], account)
             lacking = [name for name in account.missing if name.startswith("qformer.")]
             text_side = [name for name in lacking if re.match(TEXT_SIDE, name)]
             if text_side and text_side == lacking:
@@ -315,9 +316,9 @@ class Stage2(Stage):
         )  # fmt: skip
 
     def frozen_parts(self, model: Blip2Stage2) -> dict[str, dict[str, str]]:
-        """Image tower and language model."""
+        """Language model, and image tower where it is frozen."""
         return {
-            "vision": tower_identity(model.vision),
+            **frozen_tower(model.vision),
             "language_model": model.language_model.identity(),
         }
 
