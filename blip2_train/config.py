@@ -173,13 +173,18 @@ def to_plain(cfg: DictConfig) -> dict[str, Any]:
     return plain
 
 
-def without_checkpoint(cfg: DictConfig) -> DictConfig:
-    """The configuration with a name in place of a checkpoint that is to be given, but not read."""
-    needed = OmegaConf.is_missing(cfg, "init_from")
-    if needed or (cfg.get("init") == "checkpoint" and cfg.init_from is None):
-        cfg = cfg.copy()
-        cfg.init_from = "CHECKPOINT"
-    return cfg
+def lacks_checkpoint(cfg: Mapping[str, Any]) -> bool:
+    """Whether a training should go on from a checkpoint, and none is given.
+
+    So should stage 2, and stage 1 where a tower learns that a Q-Former reads already.
+    """
+    tuned = cfg["stage"] == "stage1" and trains_tower(cfg) and at(cfg, "qformer.init") != "random"
+    return at(cfg, "init_from") is None and (tuned or at(cfg, "init") == "checkpoint")
+
+
+def without_checkpoint(cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """A plain configuration with a name for a checkpoint that must be given, but is not read."""
+    return {**cfg, "init_from": "CHECKPOINT"} if lacks_checkpoint(cfg) else dict(cfg)
 
 
 # What every source of data.sources says.
@@ -208,13 +213,17 @@ def validate(cfg: Mapping[str, Any], world_size: int = 1) -> None:
             isinstance(weights, Mapping) and any(weights.values()),
             f"loss.weights={weights}: at least one must be above 0",
         )
-    if at(cfg, "init") == "checkpoint":
-        need(
-            at(cfg, "init_from") is not None,
+    if lacks_checkpoint(cfg) and at(cfg, "init") == "checkpoint":
+        problems.append(
             "stage 2 begins with a stage-1 checkpoint: give init_from=PATH, or init=random or "
-            "init=bert for the ablation without stage 1",
+            "init=bert for the ablation without stage 1"
         )
-    elif has(cfg, "init"):
+    elif lacks_checkpoint(cfg):
+        problems.append(
+            "vision.trainable=true goes on from a stage-1 checkpoint: give init_from=PATH, or "
+            "qformer.init=random to begin with nothing"
+        )
+    elif at(cfg, "init") != "checkpoint" and has(cfg, "init"):
         need(
             at(cfg, "init_from") is None,
             f"init={at(cfg, 'init')} and init_from={at(cfg, 'init_from')} exclude each other",

@@ -92,9 +92,7 @@ def prepare_synthetic(args: argparse.Namespace, command: str) -> int:
     world = WORLDS[args.objects]
     settings = {"size": args.size, "quality": args.quality}
     try:
-        items = list(
-            synthetic_items(world, args.samples, args.seed, args.held_out, args.questions)
-        )
+        items = list(synthetic_items(world, args.samples, args.seed, args.held_out, args.questions))
     except ValueError as error:
         raise UserError(f"--held-out {args.held_out} is too many: {error}") from None
     return _prepare(args, command, items, [], partial(make_scene, **settings), settings)

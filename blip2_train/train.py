@@ -73,7 +73,9 @@ def train(cfg: DictConfig, *, dry_run: bool = False, patient: bool = False) -> P
             will start it again.
     """
     started = launch()
-    plain = to_plain(without_checkpoint(cfg) if dry_run else cfg)
+    plain = to_plain(cfg)
+    if dry_run:
+        plain = without_checkpoint(plain)
     devices = plain["trainer"]["devices"]
     if dry_run and started.world_size == 1 and isinstance(devices, int) and devices > 0:
         # nothing is started: the question is what that many devices would do

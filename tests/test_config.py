@@ -75,7 +75,7 @@ def on_meta(cfg: dict[str, Any]) -> Any:
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_builds(name: str) -> None:
     words = [f"experiment={name}", *STAND_INS.get(name, [])]
-    cfg = to_plain(without_checkpoint(compose(words)))
+    cfg = without_checkpoint(to_plain(compose(words)))
     validate(cfg)
     assert cfg["run"]["name"] == name
     tuned = {"finetune_retrieval": "stage1", "finetune_caption": "stage2"}
@@ -203,8 +203,9 @@ def test_fine_tuning_as_lavis_does_it() -> None:
 
 
 def test_fine_tuning_begins_with_a_checkpoint() -> None:
-    with pytest.raises(UserError, match="init_from"):
-        plain("finetune_retrieval_coco_vitg")
+    assert "init_from=PATH" in refused("experiment=finetune_retrieval_coco_vitg")
+    assert "init_from=PATH" in refused("experiment=finetune_caption_coco_opt2_7b")
+    validate(plain("finetune_retrieval_coco_vitg", "qformer.init=random"))
 
 
 @pytest.mark.parametrize("vision", VISIONS)

@@ -106,7 +106,7 @@ def configuration(overrides: Sequence[str], world: int) -> dict[str, Any]:
     Raises:
         UserError: it is not one, or its batch cannot be cut for so many devices.
     """
-    cfg = to_plain(without_checkpoint(compose(list(overrides))))
+    cfg = without_checkpoint(to_plain(compose(list(overrides))))
     if cfg["stage"] == "stage2":
         cfg |= {"init": "random", "init_from": None}
         cfg["language_model"]["weights"] = "random"
