@@ -36,6 +36,7 @@ from blip2_train.config import (
     to_plain,
     unknown_keys,
     validate,
+    without_checkpoint,
 )
 from blip2_train.errors import RankError, UserError
 from blip2_train.rules import GROUPS
@@ -67,6 +68,8 @@ def train(cfg: DictConfig, *, dry_run: bool = False, patient: bool = False) -> P
     """
     started = launch()
     plain = to_plain(cfg)
+    if dry_run:
+        plain = without_checkpoint(plain)
     devices = plain["trainer"]["devices"]
     if dry_run and started.world_size == 1 and isinstance(devices, int) and devices > 0:
         # nothing is started: the question is what that many devices would do

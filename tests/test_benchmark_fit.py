@@ -40,6 +40,7 @@ from blip2_train.training.memory import (
     Sketch,
     fused_attention,
     made_up_loss,
+    recomputable,
     recompute,
 )
 from blip2_train.training.objectives import draw_uniform, stage1_step
@@ -216,8 +217,8 @@ def run(words: list[str], tmp_path: Path) -> dict[str, Any]:
 
 def linear(sketch: Sketch, plan: BatchPlan) -> Memory:
     """In place of a trace, which the tests above are about: 1 MB a sample, less if recomputed."""
-    lean = [name for name in CHECKPOINTED if getattr(sketch.model, name, None)]
-    lean = [name for name in lean if getattr(sketch.model, name).gradient_checkpointing]
+    parts = [getattr(sketch.model, name) for name in recomputable(sketch.model)]
+    lean = [part for part in parts if part.gradient_checkpointing]
     return replace(sketch.empty(), activations=1e6 * plan.at_a_time / (1 + len(lean)))
 
 
@@ -378,7 +379,7 @@ def documented() -> dict[tuple[str, int], tuple[int, int]]:
 
 def check_documented(experiment: str, sizes: list[int]) -> None:
     sketch = Sketch(fit.configuration([f"experiment={experiment}"], 16))
-    parts = tuple(name for name in CHECKPOINTED if hasattr(sketch.model, name))
+    parts = tuple(recomputable(sketch.model))
     for size in sizes:
         for recomputed, batch in zip(((), parts), documented()[experiment, size], strict=True):
             recompute(sketch.model, recomputed)

@@ -8,7 +8,7 @@ import torch
 import yaml
 
 from blip2_train.checkpoint import io
-from blip2_train.config import batch_plan, plan_batch
+from blip2_train.config import batch_plan, plan_batch, trains_tower
 from blip2_train.data.stream import EvalStream
 from blip2_train.distributed import World
 from blip2_train.errors import UserError
@@ -39,6 +39,8 @@ def load_run(folder: Path, changes: Mapping[str, Any] | None = None) -> tuple[St
         raise UserError(f"{folder} holds no run with a checkpoint; train it first")
     cfg = yaml.safe_load((folder / "config.yaml").read_text())
     cfg["validation"] |= changes or {}
+    if trains_tower(cfg):  # the checkpoint has its weights; those it began with may be gone
+        cfg["vision"]["weights"] = "random"
     stage = STAGES[cfg["stage"]](cfg)
     model = stage.build_model()
     if isinstance(vision := getattr(model, "vision", None), VisionTower):

@@ -31,10 +31,11 @@ from blip2_train.models import language
 from blip2_train.models.stage2 import Blip2Stage2
 from blip2_train.training.build import (
     build_vision,
+    frozen_tower,
     initialise_qformer,
     instantiate_group,
+    log_account,
     seed_weights,
-    tower_identity,
 )
 from blip2_train.training.float8 import start_tower
 from blip2_train.training.meter import Level, Meter
@@ -64,7 +65,7 @@ def stage2_step(
 
     Args:
         model: the stage-2 model.
-        image_embeds: [B, P, Dv] tokens of the frozen tower.
+        image_embeds: [B, P, Dv] tokens of the tower.
         batch: the text as `Blip2Stage2.text_loss_sum` takes it, or under `parts` such texts of
             some rows each, see `text_parts`.
         normalise: "global" or "rank", see `mean_losses`.
@@ -106,7 +107,7 @@ class Stage2Module(StageModule):
         return stage2_step(self.model, batch["image_tokens"], batch, self.normalise, world)
 
     def image_tokens(self, image: Tensor) -> Tensor:
-        """Of the frozen tower."""
+        """Of the tower."""
         return self.model.vision(image)
 
     def levels(self, contrastive: float) -> dict[str, Level]:
@@ -232,7 +233,7 @@ class Stage2(Stage):
             account = init_from(
                 model, Path(self.cfg["init_from"]), self.frozen_prefixes, LEFT_BEHIND
             )
-            log.info("init_from=%s: %s", self.cfg["init_from"], account)
+            log_account(self.cfg["init_from"], account)
             if lacking := [name for name in account.missing if name.startswith("qformer.")]:
                 raise UserError(
                     f"init_from={self.cfg['init_from']} lacks {len(lacking)} weights of the "
@@ -244,9 +245,9 @@ class Stage2(Stage):
             initialise_qformer(model.qformer, "random")
 
     def frozen_parts(self, model: Blip2Stage2) -> dict[str, dict[str, str]]:
-        """Image tower and language model."""
+        """Language model, and image tower where it is frozen."""
         return {
-            "vision": tower_identity(model.vision),
+            **frozen_tower(model.vision),
             "language_model": model.language_model.identity(),
         }
 
