@@ -187,12 +187,16 @@ def _extremes(answered: Sequence[Answered], count: int) -> tuple[list[Answered],
     known = sorted((one for one in seen if one.accuracy is not None), key=_accuracy)
     if not known:  # none is better than another
         return _spread(seen, count), []
-    place = min(count, len(known))
-    high, low = _accuracy(known[-place]), _accuracy(known[place - 1])
-    best = [one for one in seen if one.accuracy is not None and one.accuracy >= high]
-    worst = [one for one in seen if one.accuracy is not None and one.accuracy <= low]
-    all_alike = _accuracy(known[0]) == _accuracy(known[-1])
-    return _spread(best, count), [] if all_alike else _spread(worst, count)
+    worst = [] if _accuracy(known[0]) == _accuracy(known[-1]) else _first(known, count)
+    return _first(sorted(known, key=_accuracy, reverse=True), count), worst
+
+
+def _first(ranked: Sequence[Answered], count: int) -> list[Answered]:
+    """The first ones; where the last of them is as good as others, some of these."""
+    last = _accuracy(ranked[min(count, len(ranked)) - 1])
+    equal = [one for one in ranked if _accuracy(one) == last]
+    before = list(ranked[: next(n for n, one in enumerate(ranked) if _accuracy(one) == last)])
+    return before + _spread(equal, count - len(before))
 
 
 def _accuracy(one: Answered) -> float:
