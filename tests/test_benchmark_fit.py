@@ -51,6 +51,8 @@ TOWER = [
     "qformer.num_query_tokens=8", "qformer.init=random",
 ]  # fmt: skip
 STAGE1 = ["experiment=stage1_vitg", "text.vocab_size=500", "batch.size=16", *TOWER]
+LEARNS = ["vision.trainable=true"]
+TUNED = [*STAGE1, *LEARNS]
 SIZES = {
     "opt": "{model_type: opt, hidden_size: 64, word_embed_proj_dim: 64, num_hidden_layers: 2, "
     "num_attention_heads: 2, ffn_dim: 256, max_position_embeddings: 64, vocab_size: 500}",
@@ -92,6 +94,10 @@ def allocated(step: Any) -> int:
         (STAGE1, ("qformer",)),
         ([*STAGE1, *PARTS], ()),
         ([*STAGE1, *PARTS], ("qformer",)),
+        (TUNED, ()),
+        (TUNED, ("qformer", "vision")),
+        ([*TUNED, *PARTS], ()),
+        (stage2("opt", *LEARNS), ("vision",)),
         (stage2("opt"), ()),
         (stage2("opt"), ("qformer", "language_model")),
         (stage2("opt", "language_model.quantization=torchao_int8"), ()),
