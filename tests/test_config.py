@@ -63,6 +63,7 @@ STAND_INS = {
 STAND_INS |= {
     "finetune_retrieval_tiny": ["text.vocab_size=200"],
     "finetune_caption_tiny": ["+language_model.config.vocab_size=200"],
+    "finetune_vqa_tiny": ["+language_model.config.vocab_size=200", "model.vocab_size=200"],
 }
 STAND_INS |= {f"demo_{name.split('_')[0]}": stand_ins for name, stand_ins in STAND_INS.items()}
 
@@ -78,7 +79,7 @@ def test_every_experiment_builds(name: str) -> None:
     cfg = without_checkpoint(to_plain(compose(words)))
     validate(cfg)
     assert cfg["run"]["name"] == name
-    tuned = {"finetune_retrieval": "stage1", "finetune_caption": "stage2"}
+    tuned = {"finetune_retrieval": "stage1", "finetune_caption": "stage2", "finetune_vqa": "stage2"}
     for prefix, stage in tuned.items():
         name = name.replace(prefix, stage)
     assert name.removeprefix("demo_").startswith(cfg["stage"])
@@ -156,6 +157,31 @@ def test_fine_tuning_has_the_published_sizes(name: str, trained: float) -> None:
     assert model.vision.num_tokens == 26**2 + 1  # 364 pixels
     count = count_parameters(model.parameters(), trainable=True) / 1e6
     assert count == pytest.approx(trained, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("name", "decay", "prompt_tokens"),
+    [("vqa_opt2_7b", 0.95, 64), ("vqa_opt6_7b", 0.9, 64), ("vqa_flant5xl", 0.95, 64)],
+)
+def test_the_papers_question_answering(name: str, decay: float, prompt_tokens: int) -> None:
+    """Table 4 and the appendix; 1.2 billion parameters are trained."""
+    cfg = finetuning(name)
+    validate(cfg, world_size=16)
+    assert cfg["optimizer"] == {
+        "lr": 1e-5, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.05, "grad_clip": None,
+        "layer_decay": decay,
+    }  # fmt: skip
+    assert cfg["batch"]["size"] == 128 and cfg["schedule"]["warmup_steps"] == 1000
+    questions = 443_757 + 214_354  # of VQAv2's train and val
+    assert cfg["trainer"]["max_steps"] == 5 * (questions // 128)
+    assert cfg["data"]["text"] == "questions" and cfg["data"]["prompt"] == "Question: {} Answer:"
+    assert cfg["text"]["max_tokens"] == prompt_tokens and cfg["text"]["prefix"] == "none"
+    splits = {name: source["split"] for name, source in cfg["data"]["sources"].items()}
+    assert splits == {"vqav2": "train", "vqav2_val": "val"}
+    model = on_meta(cfg)
+    assert model.vision.num_tokens == 35**2 + 1  # 490 pixels
+    count = count_parameters(model.parameters(), trainable=True) / 1e9
+    assert count == pytest.approx(1.2, abs=0.05)
 
 
 CAPTIONS = 566_747  # of the 113,287 images of COCO's Karpathy training split
