@@ -29,6 +29,10 @@ class Sample:
     captions: list[str] = field(default_factory=list)  # cleaned, all of the image, no prompt
     uniform: float = 0.0  # in [0, 1), the sample's own random number
     flip: bool = False  # `image` is still to be flipped
+    question: str = ""  # cleaned; `captions` is its answer then
+    prompt: str | None = (
+        None  # in front of `captions` in `text`, where samples have one of their own
+    )
 
 
 @dataclass(frozen=True)
@@ -36,10 +40,11 @@ class EvalSample:
     """One image with all its captions."""
 
     image: torch.Tensor  # uint8 [3, S, S]; or of cached features, see `data.features`; [0]: none
-    captions: list[str]  # cleaned, at least one, each behind the prompt
+    captions: list[str]  # cleaned, each behind the prompt; at least one, see `EvalStream`
     image_id: int
     key: str
     item: int  # number within its `EvalStream`
+    extra: dict[str, Any] = field(default_factory=dict)  # of the json, as `EvalStream` was asked
 
 
 class Skipped(TypedDict):
