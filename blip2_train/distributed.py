@@ -8,6 +8,7 @@ import functools
 import itertools
 import os
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -15,6 +16,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from blip2_train.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -174,6 +177,37 @@ def barrier(world: World) -> None:
     """Waits for all ranks."""
     if world.size > 1:
         dist.barrier(group=_host_group())
+
+
+def on_rank_zero(action: Callable[[], Any] | None, world: World) -> Any:
+    """Runs on rank 0 and gives every rank its result, or its `UserError`; others may give None.
+
+    What a folder holds is decided once: views of a network file system differ.
+    """
+    outcome: tuple[Any, str | None] = (None, None)
+    if world.rank == 0:
+        assert action is not None
+        try:
+            outcome = (action(), None)
+        except UserError as error:
+            outcome = (None, str(error))
+    result, problem = broadcast_object(outcome, world)
+    if problem is not None:
+        raise UserError(problem)
+    return result
+
+
+def on_every_rank(action: Callable[[], Any], world: World) -> Any:
+    """Runs on every rank; a `UserError` of one is raised on all of them."""
+    result, problem = None, None
+    try:
+        result = action()
+    except UserError as error:
+        problem = str(error)
+    for rank, found in enumerate(gather_objects(problem, world)):
+        if found is not None:
+            raise UserError(found if rank == 0 else f"{found} (so says rank {rank})")
+    return result
 
 
 def start(

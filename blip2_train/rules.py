@@ -151,37 +151,49 @@ GROUPS = (
 )  # fmt: skip
 
 
-def value_problems(cfg: Mapping[str, Any]) -> list[str]:
-    """A sentence for each value that its key cannot have."""
+def value_problems(
+    cfg: Mapping[str, Any],
+    *,
+    choices: Mapping[str, tuple[str, ...]] = CHOICES,
+    counts: Mapping[str, int] = COUNTS,
+    numbers: Mapping[str, tuple[float, float]] = NUMBERS,
+    texts: Mapping[str, bool] = TEXTS,
+    switches: tuple[str, ...] = SWITCHES,
+    nullable: tuple[str, ...] = NULLABLE,
+) -> list[str]:
+    """A sentence for each value that its key cannot have; the tables are those of this module."""
     problems = []
 
     def absent(key: str) -> bool:
         return not has(cfg, key) or (key.startswith(GROUPS) and at(cfg, key) is None)
 
-    for key, allowed in CHOICES.items():
-        if not absent(key) and (value := at(cfg, key)) not in allowed:
-            problems.append(f"{key}={value} must be one of {', '.join(allowed)}")
-    for key, may_be_empty in TEXTS.items():
+    for key, allowed in choices.items():
         value = at(cfg, key)
-        if absent(key) or (value is None and key in NULLABLE):
+        if absent(key) or (value is None and key in nullable):
+            continue
+        if value not in allowed:
+            problems.append(f"{key}={value} must be one of {', '.join(allowed)}")
+    for key, may_be_empty in texts.items():
+        value = at(cfg, key)
+        if absent(key) or (value is None and key in nullable):
             continue
         if not isinstance(value, str) or not (value or may_be_empty):
             problems.append(f"{key}={value} must be text")
-    for key in SWITCHES:
+    for key in switches:
         value = at(cfg, key)
-        if absent(key) or (value is None and key in NULLABLE):
+        if absent(key) or (value is None and key in nullable):
             continue
         if not isinstance(value, bool):
             problems.append(f"{key}={value} must be true or false")
-    for key, least in COUNTS.items():
+    for key, least in counts.items():
         value = at(cfg, key)
-        if absent(key) or (value is None and key in NULLABLE):
+        if absent(key) or (value is None and key in nullable):
             continue
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             problems.append(f"{key}={value} must be a whole number of at least {least}")
-    for key, (low, high) in NUMBERS.items():
+    for key, (low, high) in numbers.items():
         value = at(cfg, key)
-        if absent(key) or (value is None and key in NULLABLE):
+        if absent(key) or (value is None and key in nullable):
             continue
         values = value if key in PAIRS and isinstance(value, list) and len(value) == 2 else [value]
         fits = len(values) == (2 if key in PAIRS else 1)

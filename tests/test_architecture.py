@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "errors": set(),
     "seeding": set(),
     "losses": set(),
-    "distributed": set(),
+    "distributed": {"errors"},
     "rules": set(),
     "signals": set(),
     "slurm": {"signals"},
@@ -26,14 +26,19 @@ MAY_IMPORT = {
     "models": {"errors", "losses"},
     "data": {"errors", "seeding", "distributed"},
     "checkpoint": {"errors", "models"},
-    "evaluation": {"errors", "distributed", "models", "losses", "data"},
+    "evaluation": {"errors", "distributed", "models", "losses", "data", "checkpoint", "signals"},
+    "command": {"errors", "config", "signals"},
     "training": {
         "errors", "seeding", "config", "losses", "distributed", "models", "data", "checkpoint",
         "evaluation", "signals",
     },
     "prepare": {"errors", "data", "config", "train", "training"},
     "sweep": {"errors", "config"},
-    "train": {"errors", "rules", "config", "training", "signals", "slurm", "sweep"},
+    "train": {"errors", "rules", "config", "command", "training", "signals", "slurm", "sweep"},
+    "evaluate": {
+        "errors", "rules", "config", "command", "distributed", "data", "checkpoint", "evaluation",
+        "training", "signals",
+    },
     "benchmark": {"errors", "benchmarks"},
     "benchmarks": {"errors", "config", "data", "distributed", "models", "training", "train"},
     "demo": {
@@ -43,8 +48,8 @@ MAY_IMPORT = {
 # Third-party packages that only these parts may import.
 RESERVED = {
     "pytorch_lightning": {"training"},
-    "hydra": {"training", "train", "sweep"},
-    "omegaconf": {"config", "train", "sweep"},
+    "hydra": {"training", "command", "train", "sweep"},
+    "omegaconf": {"config", "command", "train", "evaluate", "sweep"},
     "wandb": {"training"},
     "timm": {"models"},
     "webdataset": {"data", "benchmarks"},
@@ -55,9 +60,11 @@ def part_of(path: Path) -> str:
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
-def imports(path: Path) -> set[str]:
+def imports(path: Path, *, when_imported: bool = False) -> set[str]:
+    """Names that a file imports, or only what importing it brings along."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    module = ast.parse(path.read_text())
+    for node in module.body if when_imported else ast.walk(module):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -71,7 +78,9 @@ def imports(path: Path) -> set[str]:
 def test_imports_point_one_way(path: Path) -> None:
     part = part_of(path)
     if part == "__init__":
-        assert imports(path) == set()
+        # `import blip2_train` brings nothing along; `load` imports what it needs when it is called
+        at_once = imports(path, when_imported=True)
+        assert {name.partition(".")[0] for name in at_once} <= {"__future__", "typing"}
         return
     for name in imports(path):
         head, _, rest = name.partition(".")
@@ -89,7 +98,7 @@ def test_only_one_module_talks_to_other_ranks() -> None:
         for path in FILES
         if any(name.startswith("torch.distributed") for name in imports(path))
     }
-    assert users <= {"distributed.py", "train.py"}  # train.py only leaves the group
+    assert users <= {"distributed.py", "command.py"}  # which only knows its error
 
 
 def test_no_pickle() -> None:

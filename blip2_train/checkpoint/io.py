@@ -153,11 +153,15 @@ def steps(folder: Path) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
-def newest_valid(folder: Path) -> Path | None:
+def newest_valid(folder: Path, *, rename: bool = True) -> Path | None:
     """The newest undamaged checkpoint.
 
     Newer damaged ones are reported and renamed to `*.damaged`, so that they are neither taken for
     checkpoints again nor lost.
+
+    Args:
+        folder: of the checkpoints.
+        rename: off: the folder is left as it is, for whoever only reads.
 
     Raises:
         UserError: there are checkpoints, but all of them are damaged.
@@ -168,7 +172,8 @@ def newest_valid(folder: Path) -> Path | None:
         if reason is None:
             return path
         log.warning("checkpoint %s is damaged (%s); trying the one before", path, reason)
-        path.rename(path.with_suffix(".ckpt.damaged"))
+        if rename:
+            path.rename(path.with_suffix(".ckpt.damaged"))
     if candidates:
         raise UserError(
             f"every checkpoint in {folder} is damaged; start again with another run.name, or "

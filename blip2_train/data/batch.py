@@ -36,10 +36,11 @@ class EvalSample:
     """One image with all its captions."""
 
     image: torch.Tensor  # uint8 [3, S, S]; or of cached features, see `data.features`; [0]: none
-    captions: list[str]  # cleaned, at least one, each behind the prompt
+    captions: list[str]  # cleaned, each behind the prompt; at least one, see `EvalStream`
     image_id: int
     key: str
     item: int  # number within its `EvalStream`
+    extra: dict[str, Any] = field(default_factory=dict)  # of the json, as `EvalStream` was asked
 
 
 class Skipped(TypedDict):

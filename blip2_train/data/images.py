@@ -67,6 +67,12 @@ def load_rgb(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     return Picture(data, max_pixels=max_pixels).rgb()
 
 
+def to_rgb(image: Image.Image) -> Image.Image:
+    """What `load_rgb` makes of an image that is open already."""
+    with _only_bad_images():
+        return _to_rgb(_turn(image, _orientation(image)))
+
+
 class Picture:
     """An image file whose size is known before it is decoded; to be decoded once.
 

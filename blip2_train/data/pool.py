@@ -31,12 +31,14 @@ class Reading:
         retry_seconds: for how long an I/O error is tried again before it ends the run.
         on_bad_shard: "error", or "skip": the samples of a shard that cannot be read are replaced.
         max_open_shards: per process.
+        need_captions: an image without captions cannot be used.
     """
 
     cache: Cache = field(default_factory=lambda: Cache(default_cache_dir(), 100 * GIGABYTE))
     retry_seconds: float = RETRY_SECONDS
     on_bad_shard: Literal["error", "skip"] = "error"
     max_open_shards: int = MAX_OPEN_SHARDS
+    need_captions: bool = True
 
 
 class ShardPool:
@@ -85,7 +87,8 @@ class ShardPool:
             while len(self._readers) >= self._reading.max_open_shards:
                 self._close(next(iter(self._readers)))
             cache = self._reading.cache if is_remote(info.folder) else None
-            self._readers[location] = ShardReader(location, info, cache)
+            needed = self._reading.need_captions
+            self._readers[location] = ShardReader(location, info, cache, needed)
         self._readers.move_to_end(location)
         return self._readers[location]
 

@@ -148,16 +148,24 @@ class ShardReader:
         location: path of the tar, or its URL where there is a cache.
         info: what the index says of it.
         cache: remote shards are fetched into; None: the shard is a file here.
+        need_captions: a sample without captions is a bad one.
 
     Raises:
         ShardError: at the first `read`, if the file is missing, or its size or offsets are not
             what `info` says. Other operating-system errors pass through: they may be passing.
     """
 
-    def __init__(self, location: Path | str, info: ShardInfo, cache: Cache | None = None) -> None:
+    def __init__(
+        self,
+        location: Path | str,
+        info: ShardInfo,
+        cache: Cache | None = None,
+        need_captions: bool = True,
+    ) -> None:
         self.location = str(location)
         self.info = info
         self._cache = cache
+        self._need_captions = need_captions
         self._file: BinaryIO | None = None
         self._offsets: np.ndarray | None = None
 
@@ -165,7 +173,7 @@ class ShardReader:
         return self.info.samples
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return ShardReader, (self.location, self.info, self._cache)
+        return ShardReader, (self.location, self.info, self._cache, self._need_captions)
 
     def read(self, i: int) -> RawSample:
         """Read sample `i` with one positioned read.
@@ -187,7 +195,7 @@ class ShardReader:
                 f"{self.location} ends inside sample {i}: it was cut after it was opened"
             )
         key, contents = self._contents(i, blob)
-        return raw_sample(key, contents)
+        return raw_sample(key, contents, need_captions=self._need_captions)
 
     @property
     def offsets(self) -> np.ndarray:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
 import torch
@@ -271,6 +271,7 @@ class EvalStream(Dataset[EvalSample | Skipped]):
         prompt: str = "",
         reading: Reading | None = None,
         features: CachedFeatures | None = None,
+        extra: Sequence[str] = (),
     ) -> None:
         """Describe the set; no shard is opened.
 
@@ -280,8 +281,11 @@ class EvalStream(Dataset[EvalSample | Skipped]):
             max_images: use an evenly spaced subset of this size where there are more.
             max_words: of a caption, see `clean_caption`.
             prompt: put in front of every caption.
-            reading: how shards are read.
+            reading: how shards are read; with `need_captions` off, images without captions are
+                used too.
             features: of the frozen tower, in place of images.
+            extra: fields of the samples' json that items hold as they stand there, in `extra`; a
+                sample that lacks one has no such key. "captions" are the captions before cleaning.
 
         Raises:
             UserError: `max_images` is not positive.
@@ -294,6 +298,7 @@ class EvalStream(Dataset[EvalSample | Skipped]):
         self._prompt = prompt
         self._reading = reading or Reading()
         self._features = features
+        self._extra = tuple(extra)
         self._pool = ShardPool(self._reading)
         self._ends = np.cumsum([info.samples for info in source.shards])
         self._total = int(self._ends[-1])
@@ -305,7 +310,14 @@ class EvalStream(Dataset[EvalSample | Skipped]):
     def __getitem__(self, item: int) -> EvalSample | Skipped:
         info, index = self._place(item)
         try:
-            raw = _read(self._pool, self._source, info, index, self._max_words)
+            raw = _read(
+                self._pool,
+                self._source,
+                info,
+                index,
+                self._max_words,
+                self._reading.need_captions,
+            )
             if not isinstance(raw, Usable):
                 return raw
             try:
@@ -320,7 +332,8 @@ class EvalStream(Dataset[EvalSample | Skipped]):
         captions = [self._prompt + caption for caption in raw.captions]
         image_id = sample_id(name, tar, raw.key, raw.image_id)
         key = f"{name}/{tar}/{raw.key}"
-        return EvalSample(image, captions, image_id, key, item)
+        extra = {name: raw.meta[name] for name in self._extra if name in raw.meta}
+        return EvalSample(image, captions, image_id, key, item, extra)
 
     def picture(self, item: int) -> Image.Image:
         """An image that can be used, to look at: as the tower sees it, or saw it.
@@ -357,9 +370,10 @@ class Usable:
 
     key: str
     image: bytes
-    captions: list[str]  # cleaned, none empty, at least one
+    captions: list[str]  # cleaned, none empty; at least one, unless that was not asked for
     weights: list[float]  # of the captions; empty where the sample has none
     image_id: object
+    meta: dict[str, Any]  # as of `RawSample`
 
 
 def _no_image() -> torch.Tensor:
@@ -372,11 +386,16 @@ def _skipped(source: Source, info: StoredShard, key: str, reason: str) -> Skippe
 
 
 def _read(
-    pool: ShardPool, source: Source, info: StoredShard, index: int, max_words: int
+    pool: ShardPool,
+    source: Source,
+    info: StoredShard,
+    index: int,
+    max_words: int,
+    need_captions: bool = True,
 ) -> Usable | Skipped:
     """Read a sample or say why it cannot be used."""
     try:
-        found = usable(pool.read(info, index), max_words)
+        found = usable(pool.read(info, index), max_words, need_captions)
     except SampleError as error:
         found = error
     if isinstance(found, Usable):
@@ -384,13 +403,13 @@ def _read(
     return _skipped(source, info, found.key, found.reason)
 
 
-def usable(raw: RawSample, max_words: int) -> Usable | SampleError:
+def usable(raw: RawSample, max_words: int, need_captions: bool = True) -> Usable | SampleError:
     """Clean a sample's captions, or say why it cannot be used; its image may yet be undecodable."""
     cleaned = [clean_caption(caption, max_words) for caption in raw.meta["captions"]]
     kept = [n for n, caption in enumerate(cleaned) if caption]
-    if not kept:
+    if need_captions and not kept:
         return SampleError(raw.key, "no caption is left after cleaning")
     captions = [cleaned[n] for n in kept]
     weights = raw.meta.get("caption_weights")
     weights = [] if weights is None else [weights[n] for n in kept]
-    return Usable(raw.key, raw.image, captions, weights, raw.meta.get("image_id"))
+    return Usable(raw.key, raw.image, captions, weights, raw.meta.get("image_id"), raw.meta)

@@ -58,8 +58,9 @@ class RawSample:
 
     key: str
     image: bytes
-    # "captions": list[str], never empty; "caption_weights", where the sample has them: one float of
-    # at least 0 per caption; the rest as in the json member.
+    # "captions": list[str], none blank; at least one, unless that was not asked for;
+    # "caption_weights", where the sample has them: one float of at least 0 per caption; the rest as
+    # in the json member.
     meta: dict[str, Any]
 
 
@@ -273,7 +274,7 @@ def _limit(extension: str) -> int:
     return MAX_IMAGE_BYTES if extension in IMAGE_EXTENSIONS else MAX_TEXT_BYTES
 
 
-def raw_sample(key: str, contents: Mapping[str, bytes]) -> RawSample:
+def raw_sample(key: str, contents: Mapping[str, bytes], *, need_captions: bool = True) -> RawSample:
     """Put a sample together from its members.
 
     The captions are `captions` (list) or `caption` (string) of the json member, else the txt
@@ -283,6 +284,7 @@ def raw_sample(key: str, contents: Mapping[str, bytes]) -> RawSample:
     Args:
         key: the members' common name.
         contents: bytes by extension; other extensions than the allowed ones are not looked at.
+        need_captions: an image without any cannot be used.
 
     Raises:
         SampleError: no image, no caption, or a member that cannot be used.
@@ -301,7 +303,7 @@ def raw_sample(key: str, contents: Mapping[str, bytes]) -> RawSample:
         captions = [captions]
     captions = _checked_captions(key, captions)
     kept = [n for n, caption in enumerate(captions) if _says_something(caption)]
-    if not kept:
+    if need_captions and not kept:
         raise SampleError(key, "no captions")
     meta = {**meta, "captions": [captions[n] for n in kept]}
     weights = meta.pop("caption_weights", None)

@@ -35,6 +35,16 @@ def recalls(score_i2t: Tensor, score_t2i: Tensor, caption_image: Tensor) -> dict
     rank_i2t = (~(score_i2t < best) & ~own).sum(dim=1)
     mine = score_t2i.gather(1, caption_image.to(score_t2i.device)[:, None])
     rank_t2i = (~(score_t2i < mine)).sum(dim=1) - 1
+    return recalls_of_ranks(rank_i2t, rank_t2i)
+
+
+def recalls_of_ranks(rank_i2t: Tensor, rank_t2i: Tensor) -> dict[str, float]:
+    """Recall at 1, 5 and 10 both ways, in percent.
+
+    Args:
+        rank_i2t: int64 [I], wrong captions that are not below the image's best right one.
+        rank_t2i: int64 [C], wrong images that are not below the right one.
+    """
     metrics = {}
     for direction, rank in (("i2t", rank_i2t), ("t2i", rank_t2i)):
         for k in (1, 5, 10):

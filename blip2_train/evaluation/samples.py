@@ -20,12 +20,13 @@ class Row:
     Attributes:
         image: as the model saw it.
         said: {who: caption}.
-        truth: captions that people gave it.
+        truth: captions that people gave it; none: nothing is marked as right or wrong.
         texts: (retrieved text, whether it belongs to the image), best first.
         query: the text whose retrieved images are shown.
         images: (retrieved image, whether it is the text's), best first.
         negative_image: that matching was shown with the image's text, None for none.
         negative_text: that matching was shown with the image.
+        notes: {what: text}, as it stands, such as the rank of the right one.
     """
 
     image: Image.Image
@@ -36,6 +37,7 @@ class Row:
     images: list[tuple[Image.Image, bool]] = field(default_factory=list)
     negative_image: Image.Image | None = None
     negative_text: str = ""
+    notes: dict[str, str] = field(default_factory=dict)
 
 
 def draw_sheet(rows: list[Row], title: str, path: Path) -> None:
@@ -56,6 +58,8 @@ def draw_sheet(rows: list[Row], title: str, path: Path) -> None:
         x, y = GAP + THUMB + GAP, top
         for who, caption in row.said.items():
             y = _text(draw, (x, y), f"{who}: {caption or '(nothing)'}", INK, bold)
+        for name, text in row.notes.items():
+            y = _text(draw, (x, y + 2), f"{name}: {text}", FAINT, font, lines=1)
         for truth in row.truth[:1]:
             y = _text(draw, (x, y + 2), f"truth: {truth}", FAINT, font)
         for text, right in row.texts[: max(0, (top + THUMB + GAP - y) // LINE)]:

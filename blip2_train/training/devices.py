@@ -1,6 +1,5 @@
-"""What was started where: devices, launchers, and decisions that all ranks must share."""
+"""What was started where: devices and launchers."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,20 +10,21 @@ from pytorch_lightning.plugins.environments import (
 )
 
 from blip2_train.config import Launch
-from blip2_train.distributed import World, broadcast_object, gather_objects
 from blip2_train.errors import UserError
 
 
-def use_cuda(accelerator: str) -> bool:
-    """Whether to train on GPUs.
+def use_cuda(accelerator: str, key: str = "trainer.accelerator") -> bool:
+    """Whether to work on GPUs.
+
+    Args:
+        accelerator: "auto", "cpu" or "gpu".
+        key: of the configuration that says so, for messages.
 
     Raises:
         UserError: a GPU is asked for and there is none.
     """
     if accelerator == "gpu" and not torch.cuda.is_available():
-        raise UserError(
-            "trainer.accelerator=gpu, but torch sees no GPU; set trainer.accelerator=cpu"
-        )
+        raise UserError(f"{key}=gpu, but torch sees no GPU; set {key}=cpu")
     return accelerator != "cpu" and torch.cuda.is_available()
 
 
@@ -54,34 +54,3 @@ def cluster_environment(launch: Launch) -> Any:
     if launch.launcher == "slurm":
         return SLURMEnvironment(auto_requeue=False)
     return LightningEnvironment()
-
-
-def on_rank_zero(action: Callable[[], Any] | None, world: World) -> Any:
-    """Runs on rank 0 and gives every rank its result, or its `UserError`; others may give None.
-
-    What a folder holds is decided once: views of a network file system differ.
-    """
-    outcome: tuple[Any, str | None] = (None, None)
-    if world.rank == 0:
-        assert action is not None
-        try:
-            outcome = (action(), None)
-        except UserError as error:
-            outcome = (None, str(error))
-    result, problem = broadcast_object(outcome, world)
-    if problem is not None:
-        raise UserError(problem)
-    return result
-
-
-def on_every_rank(action: Callable[[], Any], world: World) -> Any:
-    """Runs on every rank; a `UserError` of one is raised on all of them."""
-    result, problem = None, None
-    try:
-        result = action()
-    except UserError as error:
-        problem = str(error)
-    for rank, found in enumerate(gather_objects(problem, world)):
-        if found is not None:
-            raise UserError(found if rank == 0 else f"{found} (so says rank {rank})")
-    return result

@@ -19,7 +19,7 @@ from blip2_train import distributed, signals
 from blip2_train.checkpoint import io
 from blip2_train.config import BatchPlan, Launch, batch_plan
 from blip2_train.data.feeder import Feeder
-from blip2_train.distributed import World
+from blip2_train.distributed import World, on_every_rank, on_rank_zero
 from blip2_train.errors import UserError
 from blip2_train.models.freezing import freeze_unreached
 from blip2_train.signals import Stopped
@@ -30,8 +30,6 @@ from blip2_train.training.compiling import compile_blocks, wants_compilation
 from blip2_train.training.devices import (
     check_devices,
     cluster_environment,
-    on_every_rank,
-    on_rank_zero,
     use_cuda,
 )
 from blip2_train.training.feeding import (

@@ -1,6 +1,7 @@
-"""A run's model, loaded again from its folder, and measured on any split."""
+"""A run's model, loaded again from its folder or a checkpoint file, and measured on any split."""
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +9,14 @@ import torch
 import yaml
 
 from blip2_train.checkpoint import io
-from blip2_train.config import batch_plan, plan_batch
+from blip2_train.config import batch_plan, flatten, plan_batch
+from blip2_train.data.language import tokenizer_digest
 from blip2_train.data.stream import EvalStream
 from blip2_train.distributed import World
 from blip2_train.errors import UserError
+from blip2_train.evaluation.inference import Blip2
 from blip2_train.evaluation.retrieval import chunks
+from blip2_train.models import int8 as int8_weights
 from blip2_train.models.vision import VisionTower
 from blip2_train.training.checkpointing import load_trained
 from blip2_train.training.fit import STAGES
@@ -20,12 +24,150 @@ from blip2_train.training.meter import Level
 from blip2_train.training.stage import Stage
 from blip2_train.training.validation import Evaluator, Findings
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+INT8_PARTS = ("qformer", "language_model")
+KINDS = ("stage1", "stage2", "clip")
+
+
+def find(path_or_run: str | Path) -> Path:
+    """The checkpoint that is meant: the file itself, or the newest undamaged one of a run's folder.
+
+    Raises:
+        UserError: there is none.
+    """
+    path = Path(path_or_run)
+    if path.is_dir():
+        inner = path / "checkpoints"
+        found = io.newest_valid(inner if inner.is_dir() else path, rename=False)
+        if found is None:
+            raise UserError(f"{path} holds no run with a checkpoint; train it first")
+        return found
+    if not path.is_file():
+        raise UserError(f"there is no checkpoint and no run {path}; give the path of one of them")
+    return path
+
+
+def load(
+    path_or_run: str | Path,
+    device: str | torch.device = "cpu",
+    *,
+    dtype: str | torch.dtype | None = None,
+    int8: bool | Collection[str] = False,
+    changes: Mapping[str, Any] | None = None,
+) -> Blip2:
+    """A trained model to use: see `blip2_train.load`, which this is."""
+    path = find(path_or_run)
+    return from_checkpoint(
+        path, io.load(path), device, dtype=dtype, int8=int8, changes=changes or {}
+    )
+
+
+def from_checkpoint(
+    path: Path,
+    content: Mapping[str, Any],
+    device: str | torch.device,
+    *,
+    dtype: str | torch.dtype | None,
+    int8: bool | Collection[str],
+    changes: Mapping[str, Any],
+) -> Blip2:
+    """The model of a checkpoint that was read; arguments as of `blip2_train.load`."""
+    where, wanted = _device(device), _dtype(dtype)
+    cfg = changed(_config(content, path), changes)
+    if cfg["stage"] not in KINDS:
+        raise UserError(
+            f"{path} is of kind {cfg['stage']}, which sees no images; give the checkpoint of a "
+            f"{', '.join(KINDS[:-1])} or {KINDS[-1]} run"
+        )
+    parts = _int8_parts(int8, cfg["stage"])
+    if "language_model" in parts and cfg["language_model"].get("quantization") is None:
+        cfg["language_model"]["quantization"] = "torchao_int8"
+    if wanted is not None and "language_model" in cfg:
+        cfg["language_model"]["dtype"] = str(wanted).removeprefix("torch.")
+    stage, model = build(path, content, cfg, where, wanted)
+    if "qformer" in parts:
+        int8_weights.quantize_linears(model.qformer)
+    size = stage.image_size(model)
+    assert size is not None, "these kinds see images"
+    return Blip2(
+        kind=cfg["stage"],
+        cfg=cfg,
+        model=model,
+        device=where,
+        step=content["step"],
+        digest=io.identity(path),
+        image_size=size,
+        tokenizer=getattr(stage, "tokenizer", None),
+        language=getattr(stage, "text", None),
+        dtype=wanted or torch.float32,
+        path=path,
+    )
+
+
+def build(
+    path: Path,
+    content: Mapping[str, Any],
+    cfg: Mapping[str, Any],
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+) -> tuple[Stage, Any]:
+    """The stage of a checkpoint, and its model with the checkpoint's weights.
+
+    Args:
+        path: of the checkpoint.
+        content: of that file.
+        cfg: its configuration, or one that differs in nothing but places and precision.
+        device: where the model goes.
+        dtype: that the frozen tower is stored in; None: as configured.
+
+    Returns:
+        The stage, and its model in evaluation mode, without gradients.
+
+    Raises:
+        UserError: the weights do not fit, or a frozen part is not the one of the training.
+    """
+    stage = STAGES[cfg["stage"]](cfg)
+    model = stage.build_model(device=device if device.type != "cpu" else None)
+    _check_parts(stage, model, content, path)
+    load_trained(model, content["model"], stage.frozen_prefixes, path)
+    model.requires_grad_(False)
+    model.eval()
+    model.to(device)
+    if isinstance(vision := getattr(model, "vision", None), VisionTower):
+        if dtype is None:
+            vision.convert()  # the features that it was trained with
+        else:
+            vision.tower.to(dtype)
+    return stage, model
+
+
+def changed(cfg: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration with other values of some keys.
+
+    Args:
+        cfg: is changed.
+        changes: {dotted key, or nested: value}.
+
+    Raises:
+        UserError: there is no such key.
+    """
+    known = flatten(cfg)
+    for key, value in flatten(changes).items():
+        if key not in known:
+            raise UserError(f"changes: the checkpoint's configuration has no {key}")
+        *parents, last = key.split(".")
+        inner = cfg
+        for parent in parents:
+            inner = inner[parent]
+        inner[last] = value
+    return cfg
+
 
 def load_run(folder: Path, changes: Mapping[str, Any] | None = None) -> tuple[Stage, Any]:
     """The stage and the model of a run, with the weights of its newest checkpoint.
 
     Args:
-        folder: of the run, with `config.yaml` and `checkpoints/`.
+        folder: of the run.
         changes: of the configuration's `validation` keys, for `evaluate`.
 
     Returns:
@@ -34,19 +176,11 @@ def load_run(folder: Path, changes: Mapping[str, Any] | None = None) -> tuple[St
     Raises:
         UserError: the folder holds no run, or no checkpoint that can be read.
     """
-    path = io.newest_valid(folder / "checkpoints")
-    if path is None:
-        raise UserError(f"{folder} holds no run with a checkpoint; train it first")
-    cfg = yaml.safe_load((folder / "config.yaml").read_text())
+    path = find(folder)
+    content = io.load(path)
+    cfg = _config(content, path)
     cfg["validation"] |= changes or {}
-    stage = STAGES[cfg["stage"]](cfg)
-    model = stage.build_model()
-    if isinstance(vision := getattr(model, "vision", None), VisionTower):
-        vision.convert()  # the features that it was trained with
-    load_trained(model, io.load(path)["model"], stage.frozen_prefixes, path)
-    model.requires_grad_(False)
-    model.eval()
-    return stage, model
+    return build(path, content, cfg, torch.device("cpu"))
 
 
 @torch.no_grad()
@@ -84,3 +218,59 @@ def loss_levels(stage: Stage, model: Any) -> dict[str, Level]:
     """
     batch = batch_plan(stage.cfg, 1)
     return stage.build_module(model, batch).levels(batch.contrastive)
+
+
+def _config(content: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    try:
+        cfg = yaml.safe_load(content["config"])
+        return {"stage": "stage1", **cfg}  # 0.1 knew no other stage
+    except (KeyError, TypeError, yaml.YAMLError) as error:
+        raise UserError(f"checkpoint {path} holds no configuration of a run") from error
+
+
+def _check_parts(stage: Stage, model: Any, content: Mapping[str, Any], path: Path) -> None:
+    """Compares frozen parts and tokenizers with those of the training, by their digests."""
+    here = {part: identity["digest"] for part, identity in stage.frozen_parts(model).items()}
+    here |= {part: tokenizer_digest(t) for part, t in stage.tokenizers().items()}
+    for part, digest in here.items():
+        saved = content.get("frozen", {}).get(part)
+        if saved is not None and saved["digest"] != digest:
+            name = saved.get("name", "")
+            raise UserError(
+                f"the {part} here is not the one that {path} was trained with"
+                f"{f' ({name})' if name else ''}; `changes` can name the right one, such as "
+                "{vision.weights: FILE}"
+            )
+
+
+def _device(device: str | torch.device) -> torch.device:
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise UserError(f"device={device} is none; give cpu, cuda or cuda:N") from error
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"device={device}, but torch sees no GPU; give device=cpu")
+    return found
+
+
+def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    name = str(dtype).removeprefix("torch.")
+    if dtype is None or name in DTYPES:
+        return DTYPES.get(name)
+    raise UserError(f"dtype={dtype} must be {' or '.join(DTYPES)}, or null")
+
+
+def _int8_parts(int8: bool | Collection[str], kind: str) -> set[str]:
+    there = {"stage1": INT8_PARTS[:1], "stage2": INT8_PARTS, "clip": ()}[kind]
+    if not int8:
+        return set()
+    parts = set(there) if int8 is True else {int8} if isinstance(int8, str) else set(int8)
+    if not parts <= set(there) or not parts:
+        raise UserError(
+            f"int8={', '.join(sorted(parts)) or 'true'}: of a {kind} model "
+            f"{' and '.join(there) or 'no part'} can have weights of 8 bits"
+        )
+    # torch warns of every enum that torchao registers when it is imported
+    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
+    int8_weights.check_package()
+    return parts

@@ -89,14 +89,18 @@ class RunLock:
     Args:
         folder: of the run.
         interval: seconds between heartbeats; the same for all that use the folder.
+        other: key that names another folder, for messages.
 
     Attributes:
         lost: another process has taken the folder over; it saw no heartbeat for a long time.
     """
 
-    def __init__(self, folder: Path, interval: float = INTERVAL) -> None:
+    def __init__(
+        self, folder: Path, interval: float = INTERVAL, *, other: str = "run.name"
+    ) -> None:
         self.path = folder / NAME
         self.interval = interval
+        self.other = other
         self.me = Holder.this_process()
         self.lost = False
         self.file: int | None = None
@@ -134,7 +138,7 @@ class RunLock:
             if patience is None and (alive or beating):
                 raise UserError(
                     f"{self.path.parent} is in use by {seen.holder or 'another process'}; wait for "
-                    "it, end it, or give another run.name"
+                    f"it, end it, or give another {self.other}"
                 )
             if patience is not None and time.monotonic() - began > patience:
                 log.info("waiting for %s, which trains in %s", seen.holder, self.path.parent)
