@@ -183,8 +183,8 @@ def _rules() -> list[_Rule]:
     # Words
     rule("(?i:cannot)", give_back=3)
     rule("(?i:gonna|gotta|lemme|gimme|wanna)", give_back=2)
-    rule(rf"{apostrophe}(?i:tis)", give_back=2)
-    rule(rf"{apostrophe}(?i:twas)", give_back=3)
+    rule("(?i:'tis)", give_back=2)
+    rule("(?i:'twas)", give_back=3)
     name, value = r"[A-Za-z][A-Za-z0-9:._\-]*", r"""(?:'[^'\n]*'|"[^"\n]*"|[A-Za-z][A-Za-z0-9:.\-]*)"""
     rule(rf"<(?:[!?][A-Za-z\-][^>\n]*|/?{name}(?: +{name}(?: *= *{value})?)* */?) *>")
     rule(r"&(?:MD|mdash|ndash);|[\x96\x97–—―]", _always("--"))
