@@ -251,6 +251,7 @@ def validate(cfg: Mapping[str, Any], world_size: int = 1) -> None:
             tokens <= positions,
             f"text.max_tokens={tokens} exceeds {reader}.max_positions={positions}",
         )
+    problems += _question_problems(cfg)
     name = str(at(cfg, "run.name"))
     need(
         "/" not in name and name not in ("", ".", ".."),
@@ -296,6 +297,39 @@ def _cache_problems(cfg: Mapping[str, Any]) -> list[str]:
     if at(cfg, "stage") not in ("stage1", "stage2"):
         problems.append(
             f"stage={at(cfg, 'stage')} has no frozen image tower: data.features=computed"
+        )
+    return problems
+
+
+def _question_problems(cfg: Mapping[str, Any]) -> list[str]:
+    """What does not go with learning to answer questions, or only with that."""
+    problems = []
+    keep = at(cfg, "model.keep_text")
+    if at(cfg, "init_text_from") is not None and not (keep and at(cfg, "init") == "checkpoint"):
+        problems.append(
+            f"init_text_from={at(cfg, 'init_text_from')} adds the Q-Former's text side to that of "
+            "init_from: set init=checkpoint and model.keep_text=true, or leave it out"
+        )
+    if at(cfg, "data.text") != "questions":
+        if keep and at(cfg, "model.vocab_size") is None:
+            problems.append("model.vocab_size=null is read from text.tokenizer for questions alone")
+        return problems
+    wanted = {"model.keep_text": True, "text.prefix": "none", "data.mode": "indexed"}
+    changes = [
+        f"{key}={str(value).lower()}" for key, value in wanted.items() if at(cfg, key) != value
+    ]
+    if changes:
+        problems.append(f"data.text=questions wants {' '.join(changes)}")
+    prompt = at(cfg, "data.prompt")
+    if isinstance(prompt, str) and prompt.count("{}") != 1:
+        problems.append(
+            f"data.prompt={prompt!r} must have one {{}}, where data.text=questions puts the "
+            "question, as in 'Question: {} Answer:'"
+        )
+    tokens, positions = at(cfg, "text.max_question_tokens"), at(cfg, "qformer.max_positions")
+    if is_number(tokens) and is_number(positions) and tokens > positions:
+        problems.append(
+            f"text.max_question_tokens={tokens} exceeds qformer.max_positions={positions}"
         )
     return problems
 

@@ -6,6 +6,8 @@
     blip2-prepare flickr30k ROOT --out OUT
     blip2-prepare flickr8k ROOT --out OUT
     blip2-prepare folder ROOT --out OUT                images and captions.csv or .jsonl
+    blip2-prepare vqa ROOT --out OUT                   questions of VQAv2 or OK-VQA
+    blip2-prepare gqa ROOT --out OUT                   questions of GQA
     blip2-prepare synthetic --samples N --out OUT      rendered scenes, no data needed
     blip2-prepare index FOLDER                         index WebDataset tars from elsewhere
     blip2-prepare features FOLDER experiment=NAME      what the frozen tower makes of the images
@@ -38,6 +40,8 @@ DATA_SETS = {
     "flickr30k": "Flickr30k: dataset_flickr30k.json, results_20130124.token or results.csv",
     "flickr8k": "Flickr8k: Flickr8k.token.txt or captions.txt, and the official split lists",
     "folder": "images with a table: captions.csv (image,caption) or captions.jsonl",
+    "vqa": "VQAv2 or OK-VQA: [v2_]OpenEnded_mscoco_*_questions.json with *_annotations.json",
+    "gqa": "GQA: {train,val,testdev,test}_balanced_questions.json, images/",
 }
 
 
@@ -66,6 +70,7 @@ def prepare_dataset(args: argparse.Namespace, command: str) -> int:
         root=args.root,
         images=args.images,
         annotations=args.annotations,
+        questions=args.questions,
         split=args.split,
         split_lists=args.split_list,
         year=args.year,
@@ -147,13 +152,18 @@ def _prepare(
 
 
 def _train_tokenizer(args: argparse.Namespace, items: list[tuple[str, Item]]) -> None:
+    from blip2_train.data.plan import questions_of
     from blip2_train.data.tokenizer import train_tokenizer
 
-    captions = [text for split, item in items if split == "train" for text in item.captions]
+    train = [item for split, item in items if split == "train"]
+    texts = [text for item in train for text in item.captions]
+    asked = [question for item in train for question in questions_of(item)]
+    texts += [text for one in asked for text in (one["question"], *one["answers"])]
     folder = args.out / "tokenizer"
-    size = train_tokenizer(folder, captions, args.tokenizer)
-    fewer = "" if size == args.tokenizer else f" (the captions have no {args.tokenizer:,})"
-    print(f"{folder}: {size:,} entries{fewer}, from {len(captions):,} captions of split train")
+    size = train_tokenizer(folder, texts, args.tokenizer)
+    what = "captions, questions and answers" if asked else "captions"
+    fewer = "" if size == args.tokenizer else f" (the {what} have no {args.tokenizer:,})"
+    print(f"{folder}: {size:,} entries{fewer}, from {len(texts):,} {what} of split train")
 
 
 def index(args: argparse.Namespace, command: str) -> int:

@@ -27,6 +27,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "data.decode": ("fast", "exact"),
     "data.features": ("computed", "cached"),
     "data.mode": ("indexed", "stream"),
+    "data.text": ("captions", "questions"),
     "data.on_bad_shard": ("error", "skip"),
     "wandb.mode": ("auto", "online", "offline", "disabled"),
 }  # fmt: skip
@@ -67,6 +68,7 @@ COUNTS = {
     "schedule.steps_per_epoch": 1,
     "schedule.warmup_steps": 0,
     "text.bucket": 1,
+    "text.max_question_tokens": 3,
     "text.max_tokens": 3,
     "text.parts": 1,
     "trainer.devices": 1,
@@ -109,6 +111,7 @@ NULLABLE = (
     "checkpoint.keep_every",
     "data.cache_dir",
     "data.crop_scale",
+    "model.vocab_size",
     "optimizer.grad_clip",
     "schedule.steps_per_epoch",
     "text.vocab_size",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from blip2_train.errors import UserError
 
@@ -24,6 +24,7 @@ class Record:
     image_id: Any  # same id = same image; any JSON type
     captions: list[str]  # verbatim, none of them blank
     split: str
+    questions: list[dict[str, Any]] = field(default_factory=list)  # as in shards, see questions.py
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Collector:
         """Add a caption, verbatim, to an image that was announced; list it if it is none."""
         if not isinstance(caption, str):
             self.problem(where, f"caption is not a string: {type(caption).__name__}")
-        elif any("\ud800" <= letter <= "\udfff" for letter in caption):
+        elif not is_unicode(caption):
             self.problem(where, "caption is not Unicode text")
         elif not caption.strip():
             self.problem(where, "empty caption")
@@ -90,13 +91,13 @@ def read_coco(path: Path, split: str) -> Annotations:
     Raises:
         UserError: not such a file.
     """
-    data = _load_json(path)
-    images = _list_of_objects(path, data, "images", {"id", "file_name"})
-    annotations = _list_of_objects(path, data, "annotations", {"image_id", "caption"})
+    data = load_json(path)
+    images = list_of_objects(path, data, "images", {"id", "file_name"})
+    annotations = list_of_objects(path, data, "annotations", {"image_id", "caption"})
     collector = Collector(path)
     names: dict[Any, str] = {}
     for entry in images:
-        name = _text(path, entry, "file_name")
+        name = text_of(path, entry, "file_name")
         names[_hashable(path, entry["id"])] = name
         collector.image(name, entry["id"], split)
     for number, entry in enumerate(annotations):
@@ -122,13 +123,13 @@ def read_karpathy(path: Path, restval: str = "train") -> Annotations:
     Raises:
         UserError: not such a file.
     """
-    entries = _list_of_objects(path, _load_json(path), "images", {"filename", "sentences", "split"})
+    entries = list_of_objects(path, load_json(path), "images", {"filename", "sentences", "split"})
     collector = Collector(path)
     for number, entry in enumerate(entries):
-        image = "/".join(filter(None, (entry.get("filepath"), _text(path, entry, "filename"))))
-        split = _text(path, entry, "split")
+        image = "/".join(filter(None, (entry.get("filepath"), text_of(path, entry, "filename"))))
+        split = text_of(path, entry, "split")
         collector.image(image, entry.get("cocoid", image), restval if split == "restval" else split)
-        sentences = _list_of_objects(path, entry, "sentences", {"raw"})
+        sentences = list_of_objects(path, entry, "sentences", {"raw"})
         for k, sentence in enumerate(sentences):
             collector.caption(image, sentence["raw"], f"image {number}, sentence {k}")
     return collector.finish()
@@ -149,15 +150,20 @@ def read_lavis(path: Path, split: str, strip: str = "") -> Annotations:
     Raises:
         UserError: not such a file.
     """
-    entries = _list_of_objects(path, {"": _load_json(path)}, "", {"image", "caption"})
+    entries = list_of_objects(path, {"": load_json(path)}, "", {"image", "caption"})
     collector = Collector(path)
     for number, entry in enumerate(entries):
-        image = _text(path, entry, "image").removeprefix(strip)
+        image = text_of(path, entry, "image").removeprefix(strip)
         collector.entry({**entry, "image": image}, split, f"entry {number}")
     return collector.finish()
 
 
-def _load_json(path: Path) -> Any:
+def load_json(path: Path) -> Any:
+    """The content of a JSON file.
+
+    Raises:
+        UserError: it cannot be read, or is none.
+    """
     try:
         return json.loads(path.read_bytes())
     except OSError as error:
@@ -166,7 +172,7 @@ def _load_json(path: Path) -> Any:
         raise UserError(f"{path} is not valid JSON: {error}") from None
 
 
-def _list_of_objects(path: Path, data: Any, name: str, fields: set[str]) -> list[dict[str, Any]]:
+def list_of_objects(path: Path, data: Any, name: str, fields: set[str]) -> list[dict[str, Any]]:
     """Take list `name` out of `data` ("" for a file that is a list) and check its entries' keys."""
     what = f'"{name}"' if name else "the file"
     entries = data.get(name) if isinstance(data, dict) else None
@@ -181,11 +187,21 @@ def _list_of_objects(path: Path, data: Any, name: str, fields: set[str]) -> list
     return entries
 
 
-def _text(path: Path, entry: dict[str, Any], name: str) -> str:
+def text_of(path: Path, entry: dict[str, Any], name: str) -> str:
+    """A name in an entry of a file.
+
+    Raises:
+        UserError: it is none.
+    """
     value = entry[name]
     if not isinstance(value, str) or not value:
         raise UserError(f'{path} has another schema: "{name}" is {value!r}, not a name')
     return value
+
+
+def is_unicode(text: Any) -> TypeGuard[str]:
+    """Whether it is text that can be encoded: JSON may hold half of a surrogate pair."""
+    return isinstance(text, str) and not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 def _hashable(path: Path, value: Any) -> int | str:

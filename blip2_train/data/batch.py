@@ -29,6 +29,10 @@ class Sample:
     captions: list[str] = field(default_factory=list)  # cleaned, all of the image, no prompt
     uniform: float = 0.0  # in [0, 1), the sample's own random number
     flip: bool = False  # `image` is still to be flipped
+    question: str = ""  # cleaned; `captions` is its answer then
+    prompt: str | None = (
+        None  # in front of `captions` in `text`, where samples have one of their own
+    )
 
 
 @dataclass(frozen=True)

@@ -107,12 +107,17 @@ def collate_causal(
         skipped: samples that were replaced.
         text: see `load_language_tokenizer`.
         max_text_tokens: start, prompt and end included.
-        prompt: what every text begins with; may be empty.
+        prompt: what every text begins with, but those of samples that have a prompt of their own;
+            may be empty.
         bucket: T is a multiple of it, but at most `max_text_tokens`.
     """
-    rows = encode([sample.text for sample in samples], text, max_text_tokens)
-    asked = [*text.start, *text.words([prompt.rstrip()])[0]] if prompt.strip() else []
-    first = [_shared(row[:-1], asked) for row in rows]  # the end is a target whatever was cut
+    rows, first = [], []
+    if any(sample.prompt is not None for sample in samples):
+        rows, first = _answers(samples, text, max_text_tokens)
+    else:
+        rows = encode([sample.text for sample in samples], text, max_text_tokens)
+        asked = [*text.start, *text.words([prompt.rstrip()])[0]] if prompt.strip() else []
+        first = [_shared(row[:-1], asked) for row in rows]  # the end is a target whatever was cut
     return {
         **_with_targets(rows, first, text.pad_id, max_text_tokens, bucket),
         **_origin(samples, skipped),
@@ -137,7 +142,7 @@ def collate_seq2seq(
         skipped: samples that were replaced.
         text: see `load_language_tokenizer`.
         max_text_tokens: of either side, end included.
-        prompt: in front of the encoder's text; may be empty.
+        prompt: in front of the encoder's text, where samples have none of their own; may be empty.
         prefix: `none`: the decoder is to say the whole caption; `random_split`: the encoder reads
             its first 0 .. w-1 of w words, as many as the sample's own random number says, and the
             decoder is to say the rest (section 3.2 of the paper).
@@ -147,10 +152,15 @@ def collate_seq2seq(
     for sample in samples:
         words = sample.captions[0].split(" ")
         count = int(sample.uniform * len(words)) if prefix == "random_split" else 0
-        read.append(" ".join([prompt.strip(), *words[:count]]).strip())
+        asked = prompt if sample.prompt is None else sample.prompt
+        read.append(" ".join([asked.strip(), *words[:count]]).strip())
         said.append(" ".join(words[count:]))
-    end = text.encoder_end_id
-    sources = [[*words[: max_text_tokens - 1], end] for words in text.words(read)]
+    end, room = text.encoder_end_id, max_text_tokens - 1
+    # a caption loses its end, a question its beginning, for what asks for the answer comes last
+    sources = [
+        [*(words[:room] if sample.prompt is None else words[-room:]), end]
+        for sample, words in zip(samples, text.words(read), strict=True)
+    ]
     targets = [[*words[: max_text_tokens - 1], text.end_id] for words in text.words(said)]
     length = text_bucket(max(map(len, sources), default=0), bucket, max_text_tokens)
     input_ids, attention_mask = pad_rows(sources, text.pad_id, length)
@@ -210,6 +220,23 @@ def _with_targets(
         "lm_index": index,
         "lm_targets": ids.flatten()[index],
     }
+
+
+def _answers(
+    samples: Sequence[Sample], text: LanguageTokenizer, max_text_tokens: int
+) -> tuple[list[list[int]], list[int]]:
+    """Rows of prompts and answers, and the place where each answer begins.
+
+    Of a prompt that is too long the beginning is cut: the answer stays, and what asks for it.
+    """
+    room = max_text_tokens - len(text.start) - 1
+    rows, first = [], []
+    prompts = text.words([(sample.prompt or "").rstrip() for sample in samples])
+    for words, asked in zip(text.words([sample.text for sample in samples]), prompts, strict=True):
+        cut = max(0, len(words) - room)
+        rows.append([*text.start, *words[cut:], text.end_id])
+        first.append(len(text.start) + max(0, _shared(words, asked) - cut))
+    return rows, first
 
 
 def _shared(row: Sequence[int], other: Sequence[int]) -> int:

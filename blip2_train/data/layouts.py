@@ -13,6 +13,7 @@ from pathlib import Path
 
 from blip2_train.data.annotations import Annotations, read_coco, read_karpathy, read_lavis
 from blip2_train.data.plan import Source
+from blip2_train.data.questions import read_gqa, read_vqa
 from blip2_train.data.tables import apply_splits, read_captions, read_split_lists
 from blip2_train.errors import UserError
 
@@ -43,6 +44,9 @@ FLICKR30K_CAPTIONS = (
 )
 FOLDER_CAPTIONS = ("captions.csv", "captions.jsonl", "captions.txt")
 COCO_YEARS = ("2017", "2014")
+VQA_SETS = {"VQAv2": "v2_", "OK-VQA": ""}  # what their files' names begin with
+VQA_PARTS = {"train": "train2014", "val": "val2014", "test": "test2015", "testdev": "test-dev2015"}
+GQA_PARTS = ("train", "val", "testdev", "test")
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,7 @@ class Given:
     root: Path | None = None
     images: Path | None = None
     annotations: list[tuple[str | None, Path]] = field(default_factory=list)  # (split, file)
+    questions: list[tuple[str | None, Path]] = field(default_factory=list)  # (split, file)
     split: str | None = None  # of every file that does not say
     split_lists: list[tuple[str, Path]] = field(default_factory=list)  # (split, file)
     year: str | None = None  # of COCO
@@ -136,6 +141,36 @@ def folder(given: Given) -> list[Source]:
     return [_source("folder", path, given, _listed(annotations, given.split_lists))]
 
 
+def vqa(given: Given) -> list[Source]:
+    """VQAv2 or OK-VQA, in folders as they come or by their files; or any files of that schema."""
+    sources = []
+    for split, path, truth in _vqa_files(given):
+        read, images = read_vqa(path, truth, split), given.images or _need_root(given)
+        for record in read.records[:1]:
+            # COCO's archives unpack to a folder each
+            named = re.fullmatch(r"COCO_(\w+)_\d{12}\.jpg", record.image)
+            if named and (images / named[1]).is_dir():
+                images = images / named[1]
+        sources.append(Source("vqa", path, images, read))
+    return sources
+
+
+def gqa(given: Given) -> list[Source]:
+    """GQA: the balanced questions that ROOT has, or files of questions."""
+    files = [(_split(path, split, given), path) for split, path in given.questions]
+    if not files:
+        root = _need_root(given)
+        names = {split: f"{split}_balanced_questions.json" for split in GQA_PARTS}
+        places = [(split, _there(root, name, "questions")) for split, name in names.items()]
+        files = [(given.split or split, path) for split, path in places if path]
+        if not files:
+            raise UserError(
+                f"{root} has no questions of GQA, looked for {', '.join(names.values())}; or give "
+                "--questions"
+            )
+    return [_source("gqa", path, given, read_gqa(path, split)) for split, path in files]
+
+
 LAYOUTS: dict[str, Callable[[Given], list[Source]]] = {
     "coco": coco,
     "karpathy": karpathy,
@@ -143,7 +178,46 @@ LAYOUTS: dict[str, Callable[[Given], list[Source]]] = {
     "flickr30k": flickr30k,
     "flickr8k": flickr8k,
     "folder": folder,
+    "vqa": vqa,
+    "gqa": gqa,
 }
+
+
+def _vqa_files(given: Given) -> list[tuple[str, Path, Path | None]]:
+    """Split, questions and annotations: those that were given, else those that ROOT has."""
+    if given.questions:
+        truths = {_split(path, split, given): path for split, path in given.annotations}
+        files = [(_split(path, split, given), path) for split, path in given.questions]
+        if len(truths) < len(given.annotations):
+            raise UserError("--annotations names two files of one split: give SPLIT=FILE each")
+        if unused := sorted(truths.keys() - {split for split, _ in files}):
+            raise UserError(
+                f"--annotations of split {', '.join(unused)} have no --questions of that split"
+            )
+        return [(split, path, truths.get(split)) for split, path in files]
+    if given.annotations:
+        raise UserError("--annotations answer questions: give --questions as well")
+    root = _need_root(given)
+    found: dict[str, list[tuple[str, Path, Path | None]]] = {}
+    for name, prefix in VQA_SETS.items():
+        for split, part in VQA_PARTS.items():
+            path = _there(root, f"{prefix}OpenEnded_mscoco_{part}_questions.json", "questions")
+            truth = _there(root, f"{prefix}mscoco_{part}_annotations.json", "annotations")
+            if path:
+                found.setdefault(name, []).append((given.split or split, path, truth))
+    if len(found) != 1:
+        raise UserError(
+            f"{root} holds {' and '.join(found)}: give --questions and --annotations of one"
+            if found
+            else f"{root} has no questions, looked for (v2_)OpenEnded_mscoco_*_questions.json; or "
+            "give --questions"
+        )
+    return next(iter(found.values()))
+
+
+def _there(root: Path, name: str, folder: str) -> Path | None:
+    """A file in ROOT or in a folder there."""
+    return next((path for path in (root / name, root / folder / name) if path.is_file()), None)
 
 
 def _flickr(
@@ -194,9 +268,11 @@ def _split(path: Path, split: str | None, given: Given) -> str:
     """The split of a file: the one given, else what its name says (`coco_karpathy_val` -> val)."""
     if split or given.split:
         return split or given.split or ""
+    if re.search("test-?dev", path.stem.lower()):
+        return "testdev"
     match = re.search(r"(?:^|[^a-z])(train|val|dev|test)(?:[^a-z]|$)", path.stem.lower())
     if match is None:
-        raise UserError(f"which split is {path}? Give --annotations SPLIT={path} or --split NAME")
+        raise UserError(f"which split is {path}? Give SPLIT={path} or --split NAME")
     return "val" if match[1] == "dev" else match[1]
 
 

@@ -6,6 +6,7 @@ import argparse
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 
 def split_and_path(text: str) -> tuple[str | None, Path]:
@@ -42,19 +43,24 @@ def add_input_options(command: argparse.ArgumentParser, name: str) -> None:
     """Where a data set of some kind is, and what of it is meant."""
     # What a data set has no use for is no option of its command.
     command.set_defaults(split=None, split_list=[], year=None, restval="train", strip="")
+    command.set_defaults(annotations=[], questions=[])
     add = command.add_argument
     add("root", type=Path, nargs="?", metavar="ROOT", help="the data set, in its official layout")
     add("--images", type=Path, metavar="DIR", help="folder that the image names start at")
-    add(
-        "--annotations",
-        "--captions",
-        type=split_and_path,
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="[SPLIT=]FILE",
-        help="caption file; several with coco and lavis",
-    )
+    file: dict[str, Any] = {
+        "type": split_and_path,
+        "nargs": "+",
+        "action": "extend",
+        "default": [],
+        "metavar": "[SPLIT=]FILE",
+    }
+    if name in ("vqa", "gqa"):
+        add("--questions", **file, help="files of questions, one for each split")
+    else:
+        several = "caption file; several with coco and lavis"
+        add("--annotations", "--captions", **file, help=several)
+    if name == "vqa":
+        add("--annotations", **file, help="their annotations; test splits have none")
     splits = command.add_mutually_exclusive_group()
     if name != "karpathy":
         splits.add_argument("--split", metavar="NAME", help="split of files that do not say theirs")

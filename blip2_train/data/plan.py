@@ -102,6 +102,8 @@ def file_items(sources: list[Source]) -> Iterator[tuple[str, Item]]:
                 "image_id": record.image_id,
                 "source": source.name,
             }
+            if record.questions:
+                payload["questions"] = record.questions
             key = f"{number:08d}_{stem[:64]}"
             yield (
                 record.split,
@@ -124,7 +126,7 @@ def check_images(items: list[tuple[str, Item]], sources: list[Source]) -> list[s
     """
     if not items:
         captions = ", ".join(str(source.captions) for source in sources)
-        raise UserError(f"nothing to write: no image of {captions} has a split and a caption")
+        raise UserError(f"nothing to write: no image of {captions} has a split and text")
     warnings = []
     rows = iter(items)
     for source in sources:
@@ -168,13 +170,20 @@ def make_from_file(item: Item, *, short_side: int, quality: int) -> tuple[bytes,
     except PermissionError as error:
         raise BadImage(f"unreadable: {error.strerror}") from None
     jpeg, width, height = to_jpeg(data, short_side=short_side, quality=quality)
-    return jpeg, {
+    meta = {
         "image_id": item.payload["image_id"],
         "captions": item.captions,
         "source": item.payload["source"],
         "width": width,
         "height": height,
     }
+    asked = questions_of(item)
+    return jpeg, {**meta, "questions": asked} if asked else meta
+
+
+def questions_of(item: Item) -> list[dict[str, Any]]:
+    """The questions about an item's image, as shards hold them; none as a rule."""
+    return item.payload.get("questions", []) if isinstance(item.payload, dict) else []
 
 
 def _skip_reasons(images: Path) -> Callable[[str], str | None]:

@@ -42,6 +42,8 @@ def make_report(
     for shard, result in zip(shards, written, strict=False):
         counts = splits[shard.split]
         counts["captions"] += result.captions
+        if result.questions:
+            counts["questions"] = counts.get("questions", 0) + result.questions
         skipped += result.skipped
         if result.shard is not None:
             counts["samples"] += result.shard.samples
@@ -61,12 +63,14 @@ def print_report(report: dict[str, Any], folder: Path) -> None:
     from rich.table import Table
 
     console = Console(highlight=False)
-    columns = ("records", "samples", "captions", "shards")
+    columns = ["records", "samples", "captions", "shards"]
+    if any("questions" in counts for counts in report["splits"].values()):
+        columns.insert(3, "questions")
     table = Table("split", title=str(folder), title_justify="left")
     for column in columns:
         table.add_column(column, justify="right")
     for split, counts in report["splits"].items():
-        table.add_row(split, *(f"{counts[column]:,}" for column in columns))
+        table.add_row(split, *(f"{counts.get(column, 0):,}" for column in columns))
     console.print(table)
     if report["skipped"]:
         reasons = Table("skipped because", "count", "for example")

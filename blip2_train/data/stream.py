@@ -8,6 +8,7 @@ many samples were drawn from each source.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from blip2_train.data.features import CachedFeatures
 from blip2_train.data.images import BadImage, load_rgb
 from blip2_train.data.order import Mixture, PartedOrder, micro_batch
 from blip2_train.data.pool import Reading, ShardPool
+from blip2_train.data.question_batch import asked_sample, drawn_question
 from blip2_train.data.shards import ShardError
 from blip2_train.data.source import Source, StoredShard
 from blip2_train.data.tar import RawSample, SampleError
@@ -32,6 +34,7 @@ from blip2_train.seeding import stable_hash
 
 Batch = TypeVar("Batch")
 CaptionChoice = Literal["uniform", "first", "weighted"]
+TextKind = Literal["captions", "questions"]
 # The bytes of an image file -> uint8 [3, S, S], and whether it is still to be flipped.
 TrainTransformation = Callable[[bytes, torch.Generator], tuple[torch.Tensor, bool]]
 
@@ -41,8 +44,8 @@ class TrainStream(IterableDataset[Batch]):
 
     A sample that cannot be used is replaced by the next usable one of its shard, in stored order,
     and with `on_bad_shard="skip"` one of a shard that cannot be read by one of the next shard;
-    caption, crop, flip and `Sample.uniform` are drawn, in this order, from a generator seeded with
-    (seed, epoch, source, shard, key). Iterating starts at `drawn` each time.
+    caption or answer, crop, flip and `Sample.uniform` are drawn, in this order, from a generator
+    seeded with (seed, epoch, source, shard, key). Iterating starts at `drawn` each time.
     """
 
     def __init__(
@@ -58,6 +61,7 @@ class TrainStream(IterableDataset[Batch]):
         world: int = 1,
         drawn: Mapping[str, int] | None = None,
         locality: int = 1,
+        text: TextKind = "captions",
         caption: CaptionChoice = "uniform",
         max_words: int = 50,
         prompt: str = "",
@@ -79,10 +83,12 @@ class TrainStream(IterableDataset[Batch]):
             world: number of slices.
             drawn: samples of each source that were drawn before, to continue after them.
             locality: parts that each source's order is cut into, see `PartedOrder`.
+            text: what is learned of an image: one of its captions, or the answer of one of its
+                annotators to one of its questions. Samples without any cannot be used.
             caption: one usable caption `uniform`ly, always the `first`, or drawn as the sample's
                 `caption_weights` say (`weighted`; uniformly where it has none or all are 0).
-            max_words: of a caption, see `clean_caption`.
-            prompt: put in front of every caption.
+            max_words: of a caption, see `clean_caption`, or of a question.
+            prompt: put in front of every caption; of questions, see `ask`.
             reading: how shards are read.
             features: of the frozen tower, in place of images; nothing is transformed then.
 
@@ -119,10 +125,11 @@ class TrainStream(IterableDataset[Batch]):
         self._world = world
         self._locality = locality
         self._seed = seed
+        self._text = text
         self._caption = caption
         self._max_words = max_words
         self._prompt = prompt
-        self._reading = reading or Reading()
+        self._reading = dataclasses.replace(reading or Reading(), need_captions=text == "captions")
         self._features = features
         self._pool = ShardPool(self._reading)
         self._remote = {source.name for source in sources if source.remote}
@@ -202,12 +209,15 @@ class TrainStream(IterableDataset[Batch]):
         """Return the first usable sample of a shard from `index` on, round its end."""
         for step in range(info.samples):
             place = (index + step) % info.samples
-            raw = _read(self._pool, source, info, place, self._max_words)
+            need_captions = self._reading.need_captions
+            raw = _read(self._pool, source, info, place, self._max_words, need_captions)
             if isinstance(raw, Usable):
                 try:
                     return self._augment(source, info, place, epoch, raw)
                 except BadImage as error:
                     raw = _skipped(source, info, raw.key, str(error))
+                except SampleError as error:
+                    raw = _skipped(source, info, error.key, error.reason)
             skipped.append(raw)
         raise ShardError(
             f"{info.location}: none of its {info.samples} samples can be used, the last one "
@@ -228,8 +238,11 @@ class TrainStream(IterableDataset[Batch]):
     ) -> Sample:
         generator = torch.Generator()
         generator.manual_seed(stable_hash(self._seed, epoch, source.name, info.name, raw.key))
-        choice = 0
-        if self._caption == "weighted" and any(raw.weights):
+        question, choice = None, 0
+        if self._text == "questions":
+            place_of = (self._seed, source.name, info.name, raw.key)
+            question = drawn_question(raw.meta, self._max_words, epoch, place_of, generator)
+        elif self._caption == "weighted" and any(raw.weights):
             weights = torch.tensor(raw.weights, dtype=torch.float64)
             choice = int(torch.multinomial(weights, 1, generator=generator))
         elif self._caption != "first":
@@ -243,14 +256,19 @@ class TrainStream(IterableDataset[Batch]):
             image, flip = transform(raw.image, generator)
         # After all other draws, which stay what they were before there was this one.
         uniform = torch.rand(1, generator=generator).item()
+        common: dict[str, Any] = {
+            "image": image,
+            "image_id": sample_id(source.name, info.name, raw.key, raw.image_id),
+            "key": f"{source.name}/{info.name}/{raw.key}",
+            "uniform": uniform,
+            "flip": flip,
+        }
+        if question is not None:
+            return asked_sample(*question, self._prompt, **common)
         return Sample(
-            image=image,
             text=self._prompt + raw.captions[choice],
-            image_id=sample_id(source.name, info.name, raw.key, raw.image_id),
-            key=f"{source.name}/{info.name}/{raw.key}",
             captions=raw.captions[choice:] + raw.captions[:choice],
-            uniform=uniform,
-            flip=flip,
+            **common,
         )
 
 

@@ -304,7 +304,8 @@ def raw_sample(key: str, contents: Mapping[str, bytes], *, need_captions: bool =
     captions = _checked_captions(key, captions)
     kept = [n for n, caption in enumerate(captions) if _says_something(caption)]
     if need_captions and not kept:
-        raise SampleError(key, "no captions")
+        only = ", only questions: for data.text=questions of stage 2" if "questions" in meta else ""
+        raise SampleError(key, f"no captions{only}")
     meta = {**meta, "captions": [captions[n] for n in kept]}
     weights = meta.pop("caption_weights", None)
     if weights is not None:

@@ -18,7 +18,7 @@ from typing import Any
 from blip2_train.data.atomic import TEMP_SUFFIX, write_json
 from blip2_train.data.images import BadImage
 from blip2_train.data.index import ShardInfo
-from blip2_train.data.plan import Item, PlannedShard
+from blip2_train.data.plan import Item, PlannedShard, questions_of
 from blip2_train.data.processes import run_tasks
 from blip2_train.data.shards import offsets_path, write_shard
 from blip2_train.data.tar import SampleError, raw_sample
@@ -37,6 +37,7 @@ class Written:
     shard: ShardInfo | None  # None: no sample was left, so there is no tar
     captions: int
     skipped: list[tuple[str, str]]  # (file, reason)
+    questions: int = 0
 
 
 @contextlib.contextmanager
@@ -164,23 +165,25 @@ def _run_alone(
 def _write(folder: Path, planned: PlannedShard, make: Make) -> Written:
     """Write one shard; runs in a worker process."""
     skipped: list[tuple[str, str]] = []
-    captions = 0
+    captions = questions = 0
 
     def samples() -> Iterator[dict[str, Any]]:
-        nonlocal captions
+        nonlocal captions, questions
         for item in planned.items:
             try:
                 if item.skip is not None:
                     raise BadImage(item.skip)
                 jpeg, meta = make(item)
                 sample = {"jpg": jpeg, "json": json.dumps(meta).encode("ascii")}
-                raw_sample(item.key, sample)  # nothing is written that would not be read
+                # nothing is written that would not be read
+                raw_sample(item.key, sample, need_captions=not questions_of(item))
             except BadImage as error:
                 skipped.append((item.file, str(error)))
             except SampleError as error:
                 skipped.append((item.file, error.reason))
             else:
                 captions += len(item.captions)
+                questions += len(questions_of(item))
                 yield {"__key__": item.key, **sample}
 
     stream = samples()
@@ -188,7 +191,7 @@ def _write(folder: Path, planned: PlannedShard, make: Make) -> Written:
     shard = None
     if first is not None:
         shard = write_shard(folder / planned.name, itertools.chain([first], stream))
-    return Written(shard, captions, skipped)
+    return Written(shard, captions, skipped, questions)
 
 
 def _entry_path(folder: Path, name: str) -> Path:
@@ -208,4 +211,5 @@ def _finished(folder: Path, name: str) -> Written | None:
             return None
         if path.stat().st_size != shard.bytes:
             return None
-    return Written(shard, entry["captions"], [(file, reason) for file, reason in entry["skipped"]])
+    skipped = [(file, reason) for file, reason in entry["skipped"]]
+    return Written(shard, entry["captions"], skipped, entry.get("questions", 0))

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from blip2_train.evaluation.grounding import other_rows, token_nats
-from blip2_train.models.stage2 import Blip2Stage2
+from blip2_train.models.stage2 import Blip2Stage2, question_of
 
 
 def stage2_grounding(
@@ -18,7 +18,8 @@ def stage2_grounding(
         model: the stage-2 model.
         image_embeds: [B, P, Dv] tokens of the tower.
         blank_embeds: [1, P, Dv] of a blank image.
-        batch: `image_id` int64 [B]; the text as `Blip2Stage2.text_logits` takes it; `lm_targets`.
+        batch: `image_id` int64 [B]; the text as `Blip2Stage2.text_logits` takes it; `lm_targets`;
+            of questions also `question_ids` and `question_mask`, which stay with their row.
 
     Returns:
         right, shuffled, blank: [B] summed nats; tokens: [B] that were predicted; valid: bool [B],
@@ -26,9 +27,18 @@ def stage2_grounding(
         without queries (see `Grounding.add`).
     """
     B = len(image_embeds)
-    query_output = model.encode_image(model.qformer.project_image(image_embeds))
-    blank = model.encode_image(model.qformer.project_image(blank_embeds))
     other, valid = other_rows(batch["image_id"])
+    question = question_of(batch)
+    if question is None:
+        query_output = model.encode_image(model.qformer.project_image(image_embeds))
+        shuffled = query_output[other]
+        blank = model.encode_image(model.qformer.project_image(blank_embeds))
+        blanks = blank.expand(B, -1, -1)
+    else:  # the question of a row, and another image
+        query_output, shuffled, blanks = (
+            model.encode_image(model.qformer.project_image(embeds), question)
+            for embeds in (image_embeds, image_embeds[other], blank_embeds.expand(B, -1, -1))
+        )
     length = batch["target_ids" if "target_ids" in batch else "input_ids"].shape[1]
     rows = batch["lm_index"] // length
 
@@ -36,7 +46,6 @@ def stage2_grounding(
         return token_nats(model.text_logits(queries, batch), batch["lm_targets"], rows, B)
 
     tokens = rows.bincount(minlength=B)
-    blanks = blank.expand(B, -1, -1)
     logits, predicted = model.logits_without_image(batch)
     alone = token_nats(logits, batch["lm_targets"][predicted], rows[predicted], B)
-    return nats(query_output), nats(query_output[other]), nats(blanks), tokens, valid, alone
+    return nats(query_output), nats(shuffled), nats(blanks), tokens, valid, alone

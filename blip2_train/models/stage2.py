@@ -1,9 +1,10 @@
 """Stage 2: the Q-Former speaks to a frozen language model (BLIP-2, section 3.3 and figure 3).
 
 The queries' outputs, projected to the width of the model's token embeddings, stand in front of
-the text as *soft visual prompts*.
+the text as *soft visual prompts*. For visual question answering the Q-Former reads the question too
+(section 4.3 and figure 7), so that the queries look for what is asked: it then has a text side.
 
-Shapes as in `qformer.py`, with a Q-Former that has no text side, and:
+Shapes as in `qformer.py`, T there being that of the question, and:
     T  text tokens of the caption         P  tokens of a prompt (also none)
     Dl width of the language model        M  target tokens of the whole batch
 """
@@ -18,6 +19,14 @@ from blip2_train.models.cached_tower import CachedTower
 from blip2_train.models.language import LanguageModel
 from blip2_train.models.qformer import ImageKV, QFormer
 from blip2_train.models.vision import VisionTower
+
+# What the Q-Former reads of questions, word pieces from [CLS] on: int64 ids [B, T] and mask [B, T].
+Question = tuple[Tensor, Tensor]
+
+
+def question_of(batch: Mapping[str, Any]) -> Question | None:
+    """The questions of a batch, None where it has none."""
+    return (batch["question_ids"], batch["question_mask"]) if "question_ids" in batch else None
 
 
 class Blip2Stage2(nn.Module):
@@ -46,8 +55,18 @@ class Blip2Stage2(nn.Module):
         self.language_model = language_model
         self.lm_proj = nn.Linear(qformer.hidden_size, language_model.width)
 
-    def encode_image(self, image: ImageKV) -> Tensor:
-        """Queries see each other and the image: keys and values -> query_output [B, Q, D]."""
+    def encode_image(self, image: ImageKV, question: Question | None = None) -> Tensor:
+        """Queries see each other, the image and the question, if there is one.
+
+        Args:
+            image: keys and values of B images.
+            question: one for each image; the Q-Former must have been built with `text=True`.
+
+        Returns:
+            query_output [B, Q, D].
+        """
+        if question is not None:
+            return self.qformer.forward_multimodal([(image, 1)], *question)
         query_output, _ = self.qformer.forward_queries(image)
         return query_output
 
@@ -112,7 +131,13 @@ class Blip2Stage2(nn.Module):
         return self.language_model.logits(embeds, mask, index[predicted] - 1), predicted
 
     def generate(
-        self, image: ImageKV, prompt_ids: Tensor, prompt_mask: Tensor, **settings: Any
+        self,
+        image: ImageKV,
+        prompt_ids: Tensor,
+        prompt_mask: Tensor,
+        *,
+        question: Question | None = None,
+        **settings: Any,
     ) -> Tensor:
         """Captions that continue a prompt.
 
@@ -121,6 +146,7 @@ class Blip2Stage2(nn.Module):
             prompt_ids: int64 [B, P], padded on either side; P may be 0.
             prompt_mask: int64 [B, P], 1 = token. What a row gets does not depend on how long the
                 other prompts are.
+            question: see `encode_image`.
             settings: of `LanguageModel.generate`.
 
         Returns:
@@ -136,7 +162,7 @@ class Blip2Stage2(nn.Module):
                 f"{list(prompt_ids.shape)} and {list(prompt_mask.shape)}"
             )
         with torch.no_grad():
-            soft = self.soft_prompt(self.encode_image(image))
+            soft = self.soft_prompt(self.encode_image(image, question))
         embeds, mask = self._behind(soft, prompt_ids, prompt_mask)
         # An encoder counts positions from the left, and a decoder continues at the right end: all
         # padding goes to the other end, so that none stands between queries and prompt.

@@ -192,6 +192,7 @@ def train_stream(
         world=world.size,
         drawn=drawn,
         locality=data["locality"],
+        text=data.get("text", "captions"),  # a key of stage 2
         caption=data["caption"],
         max_words=data["max_words"],
         prompt=data["prompt"],
@@ -225,12 +226,14 @@ def validation_images(
     features: CachedFeatures | None = None,
 ) -> EvalStream:
     """The validation images, or their features (`image_size` None: their captions alone)."""
+    asks = cfg["data"].get("text") == "questions"
     return EvalStream(
         source,
         None if image_size is None else EvalTransform(image_size),
         max_images=cfg["validation"]["max_images"],
         max_words=cfg["data"]["max_words"],
-        prompt=cfg["data"]["prompt"],
-        reading=reading(cfg["data"]),
+        prompt="" if asks else cfg["data"]["prompt"],
+        reading=dataclasses.replace(reading(cfg["data"]), need_captions=not asks),
         features=features,
+        extra=("questions",) if asks else (),
     )

@@ -59,7 +59,9 @@ RESUME_FREE = (
 # Keys that checkpoints of earlier versions lack, and what these did.
 ADDED = {
     "data.features": "computed",
+    "data.text": "captions",
     "loss.itc.cache": False,
+    "text.max_question_tokens": 32,
     "trainer.compile": None,
     "trainer.overlap": False,
     "vision.precision": "native",

@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from blip2_train import losses
-from blip2_train.checkpoint.initial import init_from
+from blip2_train.checkpoint.initial import init_from, read_weights
 from blip2_train.config import BatchPlan
 from blip2_train.data.language import (
     LanguageTokenizer,
@@ -24,12 +25,14 @@ from blip2_train.data.language_batch import (
     collate_seq2seq,
 )
 from blip2_train.data.language_parts import collate_in_parts
+from blip2_train.data.question_batch import ask, collate_eval_questions, collate_questions
 from blip2_train.data.stream import EvalStream
 from blip2_train.distributed import World
 from blip2_train.errors import UserError
 from blip2_train.models import language
-from blip2_train.models.stage2 import Blip2Stage2
+from blip2_train.models.stage2 import Blip2Stage2, Question, question_of
 from blip2_train.training.build import (
+    build_text_tokenizer,
     build_vision,
     initialise_qformer,
     instantiate_group,
@@ -45,10 +48,10 @@ from blip2_train.training.validation_stage2 import Stage2Evaluator
 
 log = logging.getLogger(__name__)
 
+TEXT_SIDE = r"qformer\.((word_embeddings|position_embeddings|lm_head)|layers\.\d+\.text_ffn)\."
 # Weights of stage 1 that stage 2 has no use for, and why.
 LEFT_BEHIND = {
-    r"qformer\.(word_embeddings|position_embeddings|lm_head)\.": "text side of the Q-Former",
-    r"qformer\.layers\.\d+\.text_ffn\.": "text side of the Q-Former",
+    TEXT_SIDE: "text side of the Q-Former",
     r"(vision_proj|text_proj|itm_head)\.|temp$": "head of stage 1",
 }
 
@@ -66,14 +69,14 @@ def stage2_step(
         model: the stage-2 model.
         image_embeds: [B, P, Dv] tokens of the frozen tower.
         batch: the text as `Blip2Stage2.text_loss_sum` takes it, or under `parts` such texts of
-            some rows each, see `text_parts`.
+            some rows each, see `text_parts`; of questions also `question_ids` and `question_mask`.
         normalise: "global" or "rank", see `mean_losses`.
         world: the ranks.
 
     Returns:
         `loss` and `loss_lm`, the same scalar, nats per token; `query_output` [B, Q, D].
     """
-    query_output = model.encode_image(model.qformer.project_image(image_embeds))
+    query_output = model.encode_image(model.qformer.project_image(image_embeds), question_of(batch))
     parts = batch.get("parts", [{**batch, "rows": slice(None)}])
     total = torch.stack(
         [model.text_loss_sum(query_output[part["rows"]], part) for part in parts]
@@ -90,15 +93,23 @@ class Stage2Module(StageModule):
         model: with its frozen parts frozen.
         normalise: see `stage2_step`.
         prefix: `text.prefix`: what of a caption an encoder may have to read.
+        questions: of so many word pieces at most, which the Q-Former reads; None: it reads none.
         common: see `StageModule`.
     """
 
     def __init__(
-        self, model: Blip2Stage2, *, normalise: str, prefix: str = "none", **common: Any
+        self,
+        model: Blip2Stage2,
+        *,
+        normalise: str,
+        prefix: str = "none",
+        questions: int | None = None,
+        **common: Any,
     ) -> None:
         super().__init__(model, meter=Meter(("loss_lm",)), **common)
         self.normalise = normalise
         self.prefix = prefix
+        self.questions = questions
         self.vocabulary = model.language_model.vocab_size
 
     def step(self, batch: dict[str, Any], step: int, part: int, world: World) -> dict[str, Tensor]:
@@ -118,14 +129,23 @@ class Stage2Module(StageModule):
         image = self.model.vision.made_up(samples)
         # the longest of split captions and the longest of their rests may both be whole captions
         length = longest or self.usual_tokens
-        read = longest if longest and self.prefix == "random_split" else 2
-        return {"image": image, **made_up_text(self.model.language_model, samples, length, read)}
+        whole = self.prefix == "random_split" or self.questions is not None
+        read = longest if longest and whole else 2
+        text = made_up_text(self.model.language_model, samples, length, read)
+        if self.questions is None:
+            return {"image": image, **text}
+        asked = made_up_question(samples, self.questions if longest else 2)
+        return {"image": image, **text, "question_ids": asked[0], "question_mask": asked[1]}
 
     def rehearsal_loss(self) -> Tensor:
         """All that is trained stands before the language model, which is left out."""
         parameter = self.model.lm_proj.weight
         tokens = torch.randn(2, 3, self.model.vision.width).to(parameter)
-        query_output = self.model.encode_image(self.model.qformer.project_image(tokens))
+        question = None
+        if self.questions is not None:
+            ids, mask = made_up_question(2, 3)
+            question = ids.to(parameter.device), mask.to(parameter.device)
+        query_output = self.model.encode_image(self.model.qformer.project_image(tokens), question)
         return self.model.lm_proj(query_output).sum()
 
 
@@ -139,6 +159,17 @@ class Stage2(Stage):
         """The language model's tokenizer."""
         settings = self.cfg["language_model"]
         return load_language_tokenizer(settings["tokenizer"], settings["end"])
+
+    @property
+    def asks(self) -> bool:
+        """Whether questions are trained on, which the Q-Former reads."""
+        return self.cfg["data"]["text"] == "questions"
+
+    @functools.cached_property
+    def question_tokenizer(self) -> Any:
+        """The Q-Former's, of questions."""
+        settings = {"tokenizer": self.cfg["text"]["tokenizer"]}
+        return build_text_tokenizer({**settings, "vocab_size": self.cfg["model"]["vocab_size"]})
 
     @functools.cached_property
     def language_settings(self) -> dict[str, Any]:
@@ -157,8 +188,9 @@ class Stage2(Stage):
         return settings
 
     def tokenizers(self) -> dict[str, Any]:
-        """The language model's."""
-        return {"language model's tokenizer": self.text}
+        """The language model's, and the Q-Former's where it reads questions."""
+        own = {"tokenizer": self.question_tokenizer} if self.asks else {}
+        return {"language model's tokenizer": self.text, **own}
 
     def download(self) -> None:
         """The language model's weights and tokenizer."""
@@ -177,6 +209,8 @@ class Stage2(Stage):
         self._check_language_model(language_model, shapes_only)
         del settings["init"]
         keep_text, words = self.cfg["model"]["keep_text"], self.cfg["model"]["vocab_size"]
+        if self.asks and (words is None or not shapes_only):
+            words = len(self.question_tokenizer) - 1
         seed_weights(self.cfg["seed"])
         qformer = instantiate_group(
             "qformer",
@@ -208,7 +242,10 @@ class Stage2(Stage):
     def _check_lengths(self, model: language.LanguageModel) -> None:
         """That queries, prompt and caption fit, in training and in generation."""
         longest = self.cfg["text"]["max_tokens"]
-        asked = encode_prompts([self.cfg["data"]["prompt"]], self.text, self.encoder_decoder)[0]
+        prompt_text = (
+            ask(self.cfg["data"]["prompt"], "") if self.asks else self.cfg["data"]["prompt"]
+        )
+        asked = encode_prompts([prompt_text], self.text, self.encoder_decoder)[0]
         prompt = asked.shape[1]
         if prompt + (0 if self.encoder_decoder else 2) > longest:
             raise UserError(
@@ -217,7 +254,7 @@ class Stage2(Stage):
             )
         queries, said = self.cfg["qformer"]["num_query_tokens"], prompt
         if not self.encoder_decoder and self.cfg["validation"]["every"] is not None:
-            said += self.cfg["validation"]["max_new_tokens"]
+            said = (longest if self.asks else said) + self.cfg["validation"]["max_new_tokens"]
         needed = queries + max(longest, said)
         if model.max_positions is not None and needed > model.max_positions:
             raise UserError(
@@ -233,7 +270,11 @@ class Stage2(Stage):
                 model, Path(self.cfg["init_from"]), self.frozen_prefixes, LEFT_BEHIND
             )
             log.info("init_from=%s: %s", self.cfg["init_from"], account)
-            if lacking := [name for name in account.missing if name.startswith("qformer.")]:
+            lacking = [name for name in account.missing if name.startswith("qformer.")]
+            text_side = [name for name in lacking if re.match(TEXT_SIDE, name)]
+            if text_side and text_side == lacking:
+                self._take_text_side(model, text_side)
+            elif lacking:
                 raise UserError(
                     f"init_from={self.cfg['init_from']} lacks {len(lacking)} weights of the "
                     f"Q-Former, the first is {lacking[0]}; set qformer.* as that run had it"
@@ -242,6 +283,34 @@ class Stage2(Stage):
             initialise_qformer(model.qformer, self.cfg["qformer"]["init"])
         else:
             initialise_qformer(model.qformer, "random")
+
+    def _take_text_side(self, model: Blip2Stage2, lacking: list[str]) -> None:
+        """What a checkpoint of stage 2 lacks, from one of stage 1."""
+        source = self.cfg["init_text_from"]
+        if source is None:
+            raise UserError(
+                f"init_from={self.cfg['init_from']} lacks the text side of the Q-Former, which "
+                "model.keep_text=true wants: give a checkpoint of stage 1, or beside one of stage "
+                "2 also init_text_from=PATH of the stage 1 that it began with"
+            )
+        weights, _, _ = read_weights(Path(source))
+        if missing := [name for name in lacking if name not in weights]:
+            raise UserError(
+                f"init_text_from={source} has no {missing[0]}; give a checkpoint of stage 1"
+            )
+        own = model.state_dict()
+        for name in lacking:
+            if own[name].shape != weights[name].shape:
+                raise UserError(
+                    f"init_text_from={source}: {name} is {tuple(weights[name].shape)}, the model's "
+                    f"is {tuple(own[name].shape)}; it was trained with another architecture"
+                )
+        model.load_state_dict({name: weights[name] for name in lacking}, strict=False)
+        log.info(
+            "init_text_from=%s: %d weights of the Q-Former's text side loaded, %d others left "
+            "there, as init_from has them",
+            source, len(lacking), len(weights) - len(lacking),
+        )  # fmt: skip
 
     def frozen_parts(self, model: Blip2Stage2) -> dict[str, dict[str, str]]:
         """Image tower and language model."""
@@ -260,6 +329,7 @@ class Stage2(Stage):
             model,
             normalise=self.cfg["loss"]["normalise"],
             prefix=self.cfg["text"]["prefix"],
+            questions=self.cfg["text"]["max_question_tokens"] if self.asks else None,
             **self.common(batch),
         )
 
@@ -269,17 +339,44 @@ class Stage2(Stage):
         if self.encoder_decoder:
             own = {"collate": collate_seq2seq, "prefix": self.cfg["text"]["prefix"]}
         parts = self.cfg["text"]["parts"]
-        return functools.partial(collate_in_parts, parts=parts, **own, **self._text_settings())
+        put = functools.partial(collate_in_parts, parts=parts, **own, **self._text_settings())
+        return self._with_questions(put) if self.asks else put
 
     def collate_eval(self) -> Any:
         """Puts evaluation batches together."""
+        settings = self._text_settings()
+        if self.asks:
+            put = functools.partial(collate_causal, **settings)
+            if self.encoder_decoder:
+                put = functools.partial(collate_seq2seq, prefix="none", **settings)
+            return functools.partial(
+                collate_eval_questions,
+                collate=self._with_questions(put),
+                prompt=settings["prompt"],
+                max_words=self.cfg["data"]["max_words"],
+            )
         function = collate_eval_seq2seq if self.encoder_decoder else collate_eval_causal
-        return functools.partial(function, **self._text_settings())
+        return functools.partial(function, **settings)
+
+    def _with_questions(self, collate: Any) -> Any:
+        """Adds what the Q-Former reads to the batches that `collate` puts together."""
+        return functools.partial(
+            collate_questions,
+            collate=collate,
+            tokenizer=self.question_tokenizer,
+            max_question_tokens=self.cfg["text"]["max_question_tokens"],
+            bucket=self.cfg["text"]["bucket"],
+        )
 
     def build_evaluator(self, module: StageModule, images: EvalStream) -> Stage2Evaluator:
-        """Loss, grounding, captions."""
+        """Loss, grounding, captions or answers."""
         return Stage2Evaluator(
-            module, images, self.text, self.cfg["data"]["prompt"], self.cfg["validation"]
+            module,
+            images,
+            self.text,
+            self.cfg["data"]["prompt"],
+            self.cfg["validation"],
+            questions=self.collate_eval() if self.asks else None,
         )
 
     def _text_settings(self) -> dict[str, Any]:
@@ -289,6 +386,12 @@ class Stage2(Stage):
             "prompt": self.cfg["data"]["prompt"],
             "bucket": self.cfg["text"]["bucket"],
         }
+
+
+def made_up_question(samples: int, length: int) -> Question:
+    """The same few word pieces for each sample: int64 ids and mask [samples, length]."""
+    ids = torch.arange(length).remainder(3).expand(samples, length).contiguous()
+    return ids, torch.ones_like(ids)
 
 
 def made_up_text(
