@@ -133,7 +133,13 @@ def evaluate(cfg: Mapping[str, Any], started: Launch) -> Path:
     content = on_every_rank(functools.partial(io.load, path), world)
     content.pop("optimizer", None)  # twice the size of the model
     folder = results_folder(cfg, path, content["step"])
-    identity = _identity(cfg, source.identity(), io.identity(path))
+    identity = {
+        "settings": _settings(cfg),
+        "task": task.identity(),
+        "data": source.identity(),
+        "checkpoint": io.identity(path),
+        "version": __version__,
+    }
     lock = RunLock(folder, other="out") if first else None
     try:
         on_rank_zero(lock.acquire if lock else None, world)
@@ -291,11 +297,11 @@ def _work(folder: Path, identity: Mapping[str, Any], world: Any, num_workers: in
     return Work(folder / "parts", identity, world, num_workers=num_workers)
 
 
-def _identity(cfg: Mapping[str, Any], data: Mapping[str, Any], digest: str) -> dict[str, Any]:
-    """What the results depend on."""
+def _settings(cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """What the results depend on of the configuration."""
     settings = {key: value for key, value in flatten(cfg).items() if not key.startswith(FREE)}
     settings |= {f"data.{key}": cfg["data"][key] for key in ("max_words", "on_bad_shard")}
-    return {"settings": settings, "data": dict(data), "checkpoint": digest, "version": __version__}
+    return settings
 
 
 def _versions() -> dict[str, str]:

@@ -51,6 +51,10 @@ class Task(abc.ABC):
     samples: int = 0
     batch_size: int = 64
 
+    def identity(self) -> dict[str, Any]:
+        """What the results depend on beside the configuration, such as the content of files."""
+        return {}
+
     def check(self, blip2: Blip2) -> None:
         """Refuses, before any long work, a model that cannot do this.
 
