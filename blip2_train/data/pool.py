@@ -63,7 +63,7 @@ class ShardPool:
             raise ShardError(self._unusable[info.location])
         try:
             return with_retries(
-                lambda: self._reader(info).read(index, need_captions=self._reading.need_captions),
+                lambda: self._reader(info).read(index),
                 self._reading.retry_seconds,
                 info.location,
                 # A stale handle of a network file system never recovers: open the file anew.
