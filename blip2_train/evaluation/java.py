@@ -114,7 +114,9 @@ def meteor() -> Iterator[Any]:
                 pipe.close()
 
 
-def meteor_score(scorer: Any, references: dict[int, list[str]], captions: dict[int, list[str]]) -> float:
+def meteor_score(
+    scorer: Any, references: dict[int, list[str]], captions: dict[int, list[str]]
+) -> float:
     """METEOR of tokenised captions, over all of them.
 
     Args:

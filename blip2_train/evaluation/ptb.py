@@ -185,7 +185,10 @@ def _rules() -> list[_Rule]:
     rule("(?i:gonna|gotta|lemme|gimme|wanna)", give_back=2)
     rule("(?i:'tis)", give_back=2)
     rule("(?i:'twas)", give_back=3)
-    name, value = r"[A-Za-z][A-Za-z0-9:._\-]*", r"""(?:'[^'\n]*'|"[^"\n]*"|[A-Za-z][A-Za-z0-9:.\-]*)"""
+    name, value = (
+        r"[A-Za-z][A-Za-z0-9:._\-]*",
+        r"""(?:'[^'\n]*'|"[^"\n]*"|[A-Za-z][A-Za-z0-9:.\-]*)""",
+    )
     rule(rf"<(?:[!?][A-Za-z\-][^>\n]*|/?{name}(?: +{name}(?: *= *{value})?)* */?) *>")
     rule(r"&(?:MD|mdash|ndash);|[\x96\x97–—―]", _always("--"))
     rule("&amp;", _always("&"))
@@ -215,7 +218,7 @@ def _rules() -> list[_Rule]:
         rf'(?:/[^ \t\n"<>|()]+{last})?'
     )
     label = r'[^ \t\n"<>|(){}.\xa0]+'
-    rule(rf'(?:&lt;|<)?[a-zA-Z0-9]{within}*@(?:{label}\.)*{label}(?:&gt;|>)?')
+    rule(rf"(?:&lt;|<)?[a-zA-Z0-9]{within}*@(?:{label}\.)*{label}(?:&gt;|>)?")
     rule(rf"[@＠][a-zA-Z_][a-zA-Z_0-9]*|[#＃]{letter}+")
     rule(ending, _quoted, before="[^A-Za-z]")
     rule(f"(?i:{negation})", _quoted)
