@@ -90,7 +90,7 @@ class CaptionTask(Task):
                 "metrics.json"
             )
         self.prompt = prompt
-        self.search = {
+        self.search: dict[str, Any] = {
             "num_beams": num_beams,
             "max_new_tokens": max_new_tokens,
             "min_new_tokens": min_new_tokens,

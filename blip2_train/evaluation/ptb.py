@@ -78,20 +78,20 @@ _PLAIN = re.compile(r"((?!(?:cannot|gonna|gotta|lemme|gimme|wanna) )[a-z]+) +(?=
 
 _STARTERS = """A About According Additionally After An As At But Earlier He Her Here However If In
 It Last Many More Now Once One Other Our She Since So Some Such That The Their Then There These
-They This We What When While Yet You""".split()
+They This We What When While Yet You"""
 # Abbreviations that keep their full stop: before anything, ...
 _ABBREVIATIONS = """jan feb mar apr jun jul aug sep sept oct nov dec mon tue tues wed thu thurs fri
 ala ariz calif colo conn ct dak fla ga ind kan kans ky md mich minn mo mont neb nev okla penn tenn
 va vt wis wisc wyo inc co cos corp pty ptys pte ptes ltd plc bancorp dept bhd assn univ intl sys
-tel est ext sq jr sr bros ed.d ph.d blvd rd esq etc al seq bldg""".split()
-_STATES = "Az Ark Del Ill La Mass Miss Ore Pa Tex Wash".split()  # with a capital letter only
+tel est ext sq jr sr bros ed.d ph.d blvd rd esq etc al seq bldg"""
+_STATES = "Az Ark Del Ill La Mass Miss Ore Pa Tex Wash"  # with a capital letter only
 # ... unless a letter follows without a space, ...
 _TITLES = """alex wm jos cie cf a.k.a vs treas mr mrs ms dr drs prof profs sen sens rep reps atty
 attys lt col gen messrs gov govs adm rev maj sgt cpl pvt capt st ste ave pres lieut hon brig cmdr
-comdr pfc spc supt supts det mt ft adj adv asst assoc ens insp mlle mme msgr sfc natl ph""".split()
-_NUMBERED = "ca fig figs prop no nos art op pp".split()  # ... and before a number.
+comdr pfc spc supt supts det mt ft adj adv asst assoc ens insp mlle mme msgr sfc natl ph"""
+_NUMBERED = "ca fig figs prop no nos art op pp"  # ... and before a number.
 _FILES = """3gp avi bat bmp bz2 c class cgi cpp dll doc docx exe gif gz h htm html jar java jpeg jpg
-mov mp3 mp4 pdf php pl png ppt ps py sql tar txt wav x xml zip""".split()
+mov mp3 mp4 pdf php pl png ppt ps py sql tar txt wav x xml zip"""
 # Characters that are a token of their own; those that are neither here nor letters are dropped.
 _SYMBOLS = """0024-0027 002A-002C 003A-003E 005C 005E 0060 007C 007E 00A1 00A5-00A9 00AC 00AE-00B4
 00B6-00B9 00BF 00D7 00F7 037E 0387 0589 05BE 05C0 05C3 05C6 05F3-05F4 0600-0603 0606-060C 0614 061B
@@ -106,7 +106,7 @@ _QUOTES = {
     **dict.fromkeys("“«\x93", "``"),
     **dict.fromkeys("”»\x94", "''"),
 }
-_BRACKETS = dict(zip("()[]{}", "-lrb- -rrb- -lsb- -rsb- -lcb- -rcb-".split(), strict=True))
+_BRACKETS = dict(zip("()[]{}", ["-lrb-", "-rrb-", "-lsb-", "-rsb-", "-lcb-", "-rcb-"], strict=True))
 _ROUND = {bracket: _BRACKETS[bracket] for bracket in "()"}
 _FRACTIONS = {"¼": "1/4", "½": "1/2", "¾": "3/4", "⅓": "1/3", "⅔": "2/3"}
 _MONEY = {"¢": "cents", "£": "#", **dict.fromkeys("¤\x80₠€", "$")}
@@ -118,7 +118,7 @@ def _as_is(token: str) -> str:
 
 def _written(by: Mapping[str, str]) -> Callable[[str], str]:
     """Replaces characters."""
-    table = str.maketrans(dict(by))
+    table = {ord(character): text for character, text in by.items()}
     return lambda token: token.translate(table)
 
 
@@ -127,12 +127,12 @@ def _always(token: str) -> Callable[[str], str]:
 
 
 def _quoted(token: str) -> str:
-    return token.replace("&apos;", "'").translate(str.maketrans(_QUOTES))
+    return _written(_QUOTES)(token.replace("&apos;", "'"))
 
 
-def _one_of(words: list[str]) -> str:
+def _one_of(words: str) -> str:
     """A pattern of some words, the longest first, so that none hides another."""
-    return "|".join(map(re.escape, sorted(words, key=len, reverse=True)))
+    return "|".join(map(re.escape, sorted(words.split(), key=len, reverse=True)))
 
 
 def _ranges(text: str) -> str:
@@ -191,12 +191,12 @@ def _rules() -> list[_Rule]:
     )
     rule(rf"<(?:[!?][A-Za-z\-][^>\n]*|/?{name}(?: +{name}(?: *= *{value})?)* */?) *>")
     rule(r"&(?:MD|mdash|ndash);|[\x96\x97–—―]", _always("--"))
-    rule("&amp;", _always("&"))
-    rule("&nbsp;", _always(""))
+    rule("(?i:&amp;)", _always("&"))
+    rule("(?i:&nbsp;)", _always(""))
     rule("&#[0-9]+;")
     abbreviations = rf"(?:(?i:{_one_of(_ABBREVIATIONS)})|{_one_of(_STATES)})\."
     rule(abbreviations, before=".")
-    starters = _one_of(_STARTERS + [word.upper() for word in _STARTERS])
+    starters = _one_of(f"{_STARTERS} {_STARTERS.upper()}")
     rule(r"[A-Za-z]\.", before=rf"{space}+(?:{starters})(?:{space}|\n)", give_back=1)
     rule(word, before=ending)
     rule(r"[A-Za-z]*[A-MO-Za-mo-z]", before=f"(?i:{negation})")
@@ -211,7 +211,7 @@ def _rules() -> list[_Rule]:
     rule(rf"[yY]{apostrophe}", before=letter)
     # Addresses and tags
     within, last = r'[^ \t\n"<>|(){}]', r'[^ \t\n"<>|.!?(){},\-]'
-    rule(rf"https?://{within}+{last}")
+    rule(rf"(?i:https?)://{within}+{last}")
     host, known_host = r'[^ \t\n"<>|.!?(){},]', r"""[^ \t\n"`'<>|.!?(){},-_$]"""
     rule(
         rf"(?:[wW]{{3}}\.(?:{host}+\.)+[a-zA-Z]{{2,4}}|(?:{known_host}+\.)+(?:com|net|org|edu))"
@@ -242,8 +242,8 @@ def _rules() -> list[_Rule]:
     area = r"\([0-9]{2,3}\)[ \xa0]?|(?:\+\+?)?(?:[0-9]{2,4}[\- \xa0])?[0-9]{2,4}[\- \xa0]"
     rule(rf"(?:{area})[0-9]{{3,4}}[\- \xa0]?[0-9]{{3,5}}", _written(_ROUND))
     # Marks
-    rule('"|&quot;', _always("``"), before="[A-Za-z0-9$]")
-    rule('"|&quot;', _always("''"))
+    rule('"|(?i:&quot;)', _always("``"), before="[A-Za-z0-9$]")
+    rule('"|(?i:&quot;)', _always("''"))
     rule(r"[<>]?[:;=][\-o*']?[()DPdpO\\{@|\[\]]", _written(_ROUND), before="[^A-Za-z0-9]")
     eye = r"[\^=~<>'x\-]"
     rule(rf"{eye}_{eye}|\({eye}[_.]?{eye}\)", _written(_ROUND))

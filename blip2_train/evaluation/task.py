@@ -1,6 +1,7 @@
 """What an evaluation is: a task makes an outcome of a model and a split."""
 
 import abc
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,7 +29,7 @@ class Outcome:
         digits: of the metrics where they are shown.
     """
 
-    metrics: dict[str, float | None]
+    metrics: Mapping[str, float | None]
     counts: dict[str, int]
     files: dict[str, Any] = field(default_factory=dict)
     best: list[Row] = field(default_factory=list)
