@@ -2,7 +2,7 @@
 
 - 200 real captions against other images' references: equal to the library's own evaluation
 - without Java the same but for METEOR, which is None with the reason; without the package refused
-- captions of several lines or none keep the others in place; locale and options of Java are no matter
+- captions of several lines or none keep the others in place; no locale matters
 - nothing is written beside the library, no process stays, one that dies is told from a score
 """
 
