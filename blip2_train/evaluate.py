@@ -172,7 +172,7 @@ def evaluate(cfg: Mapping[str, Any], started: Launch) -> Path:
             cfg["name"]["task"], path, blip2.kind, blip2.step, len(images), cfg["name"]["data"],
             cfg["split"],
         )  # fmt: skip
-        with torch.no_grad():
+        with torch.no_grad(), signals.noted():  # `work` obeys them, on all ranks together
             outcome = task.run(blip2, images, work)
         found = {
             "metrics": outcome.metrics,
@@ -360,7 +360,8 @@ def run(arguments: list[str]) -> int:
     set_up_logging()
     if {"-h", "--help"} & set(arguments):
         print(__doc__)
-        print((conf_dir() / "evaluate.yaml").read_text().split("\nhydra:")[0])
+        lines = (conf_dir() / "evaluate.yaml").read_text().split("\nhydra:")[0].splitlines()
+        print("\n".join(line for line in lines if "hydra/" not in line))
         return 0
     with signals.caught():
         return guarded(lambda: _finish(arguments), LATER)

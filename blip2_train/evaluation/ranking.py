@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from tqdm import tqdm
 
 from blip2_train.distributed import World, gather_objects
 from blip2_train.evaluation.retrieval import NOT_RANKED
@@ -98,7 +99,8 @@ def contrast(
     rank_t2i = torch.zeros(blocks.captions, dtype=torch.int64)
     captions: dict[int, Tensor] = {}  # block -> keys [b, k]
     images = torch.full((blocks.captions, k_images), LOWEST)
-    for n in own:
+    quiet = None if world.rank == 0 else True  # None: shown on a terminal
+    for n in tqdm(own, desc="contrast", unit="block", disable=quiet):
         rows = blocks.rows(n)
         keys = torch.full((len(rows), k_captions), LOWEST, device=device)
         above = torch.zeros(len(rows), dtype=torch.int64, device=device)

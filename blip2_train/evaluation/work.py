@@ -81,6 +81,7 @@ class Work:
 
         Raises:
             UserError: on every rank, where one of them met it or cannot write its parts.
+            Stopped: on every rank, where one of them has noted a signal.
         """
         assert name not in self._names, f"two steps are called {name}"
         self._names.add(name)
@@ -109,15 +110,22 @@ class Work:
             )
             with torch.no_grad():
                 for number, batch in shown:
+                    if signals.received():
+                        break
                     self._save(name, number, mark, function(batch))
                     written[number] = io.identity(self._path(name, number))
         except UserError as error:
             problem = str(error)
-        for rank, (found, parts) in enumerate(gather_objects((problem, written), self.world)):
+        stopped = 0
+        everyones = gather_objects((problem, written, signals.received()), self.world)
+        for rank, (found, parts, number) in enumerate(everyones):
+            stopped = stopped or number
             if found is not None:
                 raise UserError(found if rank == 0 else f"{found} (so says rank {rank})")
-            for number, wanted in parts.items():
-                io.wait_for(self._path(name, number), wanted, PATIENCE)
+            for part, wanted in parts.items():
+                io.wait_for(self._path(name, part), wanted, PATIENCE)
+        if stopped:
+            raise signals.Stopped(stopped)
         results = [self._result(self._path(name, number), mark) for number in numbers]
         barrier(self.world)
         return results

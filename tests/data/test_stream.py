@@ -12,7 +12,8 @@
 - I/O errors are retried, then stop the run; they never replace a sample
 - with `on_bad_shard="skip"` samples of the next shard stand in for those of a bad one
 - with `locality` all of this holds too, and each part has samples of its own
-- evaluation gives every image with all its captions in stored order
+- evaluation gives every image with all its captions in stored order, and fields of its json; of
+  images without captions, too, where that is asked for
 """
 
 import io
@@ -685,6 +686,24 @@ def test_evaluation_ids_join_samples_of_one_image(sources):
     assert [item.image_id for item in items] == [
         sample_id("two", "any", "any", n // 2) for n in range(10)
     ]
+
+
+def test_evaluation_brings_fields_of_the_json_along(sources):
+    data = EvalStream(sources[0], None, extra=("image_id", "captions", "label"))
+    item = data[10 + 1]
+    assert item.extra == {"image_id": 5, "captions": [f"Caption {c} of one 11." for c in range(3)]}
+    assert EvalStream(sources[0], None)[11].extra == {}
+
+
+def test_evaluation_of_images_without_captions(sources):
+    data = EvalStream(sources[0], None, reading=Reading(need_captions=False), extra=("captions",))
+    # its captions are marks that cleaning takes away; it has none at all
+    assert [(data[n].captions, data[n].extra) for n in (10, 18)] == [
+        ([], {"captions": ["!!!", " . "]}), ([], {"captions": []}),
+    ]  # fmt: skip
+    assert len(data[11].captions) == 3
+    moved = pickle.loads(pickle.dumps(ShardReader("x.tar", sources[0].shards[0], None, False)))
+    assert moved._need_captions is False
 
 
 def test_evaluation_without_a_transform_decodes_no_image(sources):

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ from blip2_train.data.transforms import EvalTransform
 from blip2_train.errors import UserError
 from blip2_train.evaluation import inference
 from blip2_train.models.linear import Linear
-from blip2_train.training.loading import load_run
+from blip2_train.training.loading import from_checkpoint, load_run
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -135,7 +136,7 @@ def test_a_checkpoint_file_needs_nothing_of_its_run(
     finished: Path, pixels: torch.Tensor, tmp_path: Path
 ) -> None:
     (file,) = (finished / "stage1" / "checkpoints").glob("*.ckpt")
-    alone = tmp_path / "modell.ckpt"
+    alone = tmp_path / "ein.ckpt"
     shutil.copy(file, alone)
     loaded, run = blip2_train.load(alone), blip2_train.load(str(finished / "stage1"))
     assert loaded.encode_image(pixels).equal(run.encode_image(pixels))
@@ -218,8 +219,8 @@ def test_what_cannot_be(finished: Path, pixels: torch.Tensor, tmp_path: Path) ->
         "device=nonsense": lambda: blip2_train.load(finished / "clip", "nonsense"),
         "of a clip model no part": lambda: blip2_train.load(finished / "clip", int8=True),
         "int8=vision": lambda: blip2_train.load(finished / "stage1", int8=["vision"]),
-        "has no vision.wieghts": lambda: blip2_train.load(
-            finished / "stage1", changes={"vision.wieghts": "x"}
+        "has no vision.weigh": lambda: blip2_train.load(
+            finished / "stage1", changes={"vision.weigh": "x"}
         ),
         "the vision here is not the one": lambda: blip2_train.load(
             finished / "stage1", changes={"vision": {"seed": 3}}
@@ -251,6 +252,15 @@ def test_a_loss_that_was_off_is_missing(finished: Path, pixels: torch.Tensor) ->
     loaded.cfg["loss"]["weights"]["itm"] = 0.0  # type: ignore[index]
     with pytest.raises(UserError, match=r"loss\.weights\.itm=0"):
         loaded.match(pixels, ["a"] * 5)
+
+
+def test_a_language_model_alone_sees_no_images(tmp_path: Path) -> None:
+    path, content = tmp_path / "lm.ckpt", {"config": "stage: lm", "model": {}, "step": 1}
+    nothing: dict[str, Any] = {"dtype": None, "int8": False, "changes": {}}
+    with pytest.raises(UserError, match=r"lm\.ckpt is of kind lm, which sees no images"):
+        from_checkpoint(path, content, "cpu", **nothing)
+    with pytest.raises(UserError, match="holds no configuration"):
+        from_checkpoint(path, {"model": {}, "step": 1}, "cpu", **nothing)
 
 
 def test_importing_the_package_brings_nothing_along() -> None:
