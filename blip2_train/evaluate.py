@@ -10,6 +10,7 @@ finished; 2 something given is wrong, one sentence says what; 3 trouble from out
 n ended it; 130 Ctrl-C; 1 a bug, with its traceback.
 """
 
+import contextlib
 import dataclasses
 import functools
 import importlib.metadata
@@ -40,6 +41,7 @@ UNREAD = ("data.sources.", "data.validation.split")
 # What results do not depend on.
 FREE = ("ckpt", "out", "accelerator", "batch_size", "samples", "data.")
 VERSIONED = ("torch", "torchvision", "timm", "transformers", "numpy", "pillow")
+OPTIONAL = ("pycocoevalcap",)
 # What the values of conf/evaluate.yaml may be; those of `data` as in a training.
 RULES: dict[str, Any] = {
     "choices": {"accelerator": ("auto", "cpu", "gpu"), "dtype": ("float32", "bfloat16")},
@@ -175,6 +177,7 @@ def evaluate(cfg: Mapping[str, Any], started: Launch) -> Path:
         found = {
             "metrics": outcome.metrics,
             "counts": outcome.counts,
+            "notes": outcome.notes,
             "checkpoint": {
                 "path": str(path), "kind": blip2.kind, "step": blip2.step, "digest": blip2.digest,
             },
@@ -190,7 +193,7 @@ def evaluate(cfg: Mapping[str, Any], started: Launch) -> Path:
         if lock is not None:
             lock.release()
     if first:
-        _show(found, folder)
+        _show(found, folder, outcome.digits)
     return folder
 
 
@@ -306,7 +309,10 @@ def _settings(cfg: Mapping[str, Any]) -> dict[str, Any]:
 
 def _versions() -> dict[str, str]:
     found = {"blip2_train": __version__, "python": platform.python_version()}
-    return found | {name: importlib.metadata.version(name) for name in VERSIONED}
+    for name in (*VERSIONED, *OPTIONAL):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def _write(folder: Path, content: Mapping[str, Any], outcome: Any) -> None:
@@ -324,7 +330,7 @@ def _write(folder: Path, content: Mapping[str, Any], outcome: Any) -> None:
         ) from error
 
 
-def _show(content: Mapping[str, Any], folder: Path) -> None:
+def _show(content: Mapping[str, Any], folder: Path, digits: int) -> None:
     """Prints the final table."""
     from rich.console import Console
     from rich.table import Table
@@ -335,8 +341,10 @@ def _show(content: Mapping[str, Any], folder: Path) -> None:
     shown.add_column("metric")
     shown.add_column("value", justify="right")
     for name, value in content["metrics"].items():
-        shown.add_row(name, f"{value:.2f}")
+        shown.add_row(name, "-" if value is None else f"{value:.{digits}f}")
     Console().print(shown)
+    for about, sentence in content["notes"].items():
+        print(f"{about}: {sentence}")
     print(f"{folder / 'report.html'} shows the best and the worst")
 
 

@@ -5,6 +5,7 @@
     blip2-prepare lavis --annotations FILE ... --images DIR --out OUT
     blip2-prepare flickr30k ROOT --out OUT
     blip2-prepare flickr8k ROOT --out OUT
+    blip2-prepare nocaps ROOT --out OUT                images to caption, with their domains
     blip2-prepare folder ROOT --out OUT                images and captions.csv or .jsonl
     blip2-prepare vqa ROOT --out OUT                   questions of VQAv2 or OK-VQA
     blip2-prepare gqa ROOT --out OUT                   questions of GQA
@@ -39,6 +40,7 @@ DATA_SETS = {
     "lavis": "JSON lists as LAVIS and BLIP publish them",
     "flickr30k": "Flickr30k: dataset_flickr30k.json, results_20130124.token or results.csv",
     "flickr8k": "Flickr8k: Flickr8k.token.txt or captions.txt, and the official split lists",
+    "nocaps": "NoCaps: nocaps_val_4500_captions.json, nocaps_test_image_info.json, {val,test}/",
     "folder": "images with a table: captions.csv (image,caption) or captions.jsonl",
     "vqa": "VQAv2 or OK-VQA: [v2_]OpenEnded_mscoco_*_questions.json with *_annotations.json",
     "gqa": "GQA: {train,val,testdev,test}_balanced_questions.json, images/",

@@ -38,7 +38,8 @@ from blip2_train.training.stage2 import Stage2
 
 EXPERIMENTS = sorted(path.stem for path in (conf_dir() / "experiment").glob("*.yaml"))
 VISIONS = sorted(path.stem for path in (conf_dir() / "vision").glob("*.yaml"))
-DATA = sorted(path.stem for path in (conf_dir() / "data").glob("*.yaml"))
+EVALUATED = {"nocaps"}  # has no train split
+DATA = sorted({path.stem for path in (conf_dir() / "data").glob("*.yaml")} - EVALUATED)
 
 
 def plain(experiment: str, *overrides: str) -> dict[str, Any]:

@@ -7,7 +7,7 @@ use; a file that is not of the format at all is a `UserError`. Captions stay as 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -25,6 +25,7 @@ class Record:
     captions: list[str]  # verbatim, none of them blank
     split: str
     questions: list[dict[str, Any]] = field(default_factory=list)  # as in shards, see questions.py
+    domain: str = ""  # of NoCaps: in-domain, near-domain or out-domain
 
 
 @dataclass(frozen=True)
@@ -70,36 +71,44 @@ class Collector:
         for caption in captions if isinstance(captions, list) else [captions]:
             self.caption(image, caption, where)
 
-    def finish(self) -> Annotations:
-        """Give the images that have a caption, and list those that have none."""
+    def finish(self, *, need_captions: bool = True) -> Annotations:
+        """Give the images that have a caption, and list those that have none; or give all."""
         records = []
         for image, (image_id, split, captions) in self._images.items():
-            if captions:
+            if captions or not need_captions:
                 records.append(Record(image, image_id, captions, split))
             else:
                 self._problems.append((image, NO_CAPTION))
         return Annotations(records, self._problems)
 
 
-def read_coco(path: Path, split: str) -> Annotations:
-    """Read the official COCO captions JSON (`images`, `annotations`).
+def read_coco(path: Path, split: str, *, need_captions: bool = True) -> Annotations:
+    """Read the official COCO captions JSON (`images`, `annotations`), or NoCaps' of that schema.
 
     Args:
-        path: `captions_train2017.json` and the like.
+        path: `captions_train2017.json`, `nocaps_val_4500_captions.json` and the like.
         split: the split of all its images.
+        need_captions: off, the file may have no `annotations` at all, as those of test splits
+            (`image_info_test2014.json`); its images then have no captions.
 
     Raises:
         UserError: not such a file.
     """
     data = load_json(path)
     images = list_of_objects(path, data, "images", {"id", "file_name"})
-    annotations = list_of_objects(path, data, "annotations", {"image_id", "caption"})
+    alone = not need_captions and "annotations" not in data
+    annotations = (
+        [] if alone else list_of_objects(path, data, "annotations", {"image_id", "caption"})
+    )
     collector = Collector(path)
     names: dict[Any, str] = {}
+    domains: dict[str, str] = {}
     for entry in images:
         name = text_of(path, entry, "file_name")
         names[_hashable(path, entry["id"])] = name
         collector.image(name, entry["id"], split)
+        if "domain" in entry:
+            domains[name] = text_of(path, entry, "domain")
     for number, entry in enumerate(annotations):
         where = f"annotation {entry.get('id', number)}"
         image = names.get(_hashable(path, entry["image_id"]))
@@ -107,7 +116,12 @@ def read_coco(path: Path, split: str) -> Annotations:
             collector.problem(where, f"unknown image: id {entry['image_id']}")
         else:
             collector.caption(image, entry["caption"], where)
-    return collector.finish()
+    read = collector.finish(need_captions=not alone)
+    records = [
+        replace(record, domain=domains[record.image]) if record.image in domains else record
+        for record in read.records
+    ]
+    return Annotations(records, read.problems)
 
 
 def read_karpathy(path: Path, restval: str = "train") -> Annotations:

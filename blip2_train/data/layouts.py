@@ -46,6 +46,7 @@ FOLDER_CAPTIONS = ("captions.csv", "captions.jsonl", "captions.txt")
 COCO_YEARS = ("2017", "2014")
 VQA_SETS = {"VQAv2": "v2_", "OK-VQA": ""}  # what their files' names begin with
 VQA_PARTS = {"train": "train2014", "val": "val2014", "test": "test2015", "testdev": "test-dev2015"}
+NOCAPS = {"val": "nocaps_val_4500_captions.json", "test": "nocaps_test_image_info.json"}
 GQA_PARTS = ("train", "val", "testdev", "test")
 
 
@@ -69,7 +70,7 @@ def coco(given: Given) -> list[Source]:
     if given.annotations:
         images = given.images or _need_root(given)
         return [
-            Source("coco", path, images, read_coco(path, _split(path, split, given)))
+            Source("coco", path, images, _read_coco(path, _split(path, split, given)))
             for split, path in given.annotations
         ]
     root = _need_root(given)
@@ -171,6 +172,31 @@ def gqa(given: Given) -> list[Source]:
     return [_source("gqa", path, given, read_gqa(path, split)) for split, path in files]
 
 
+def nocaps(given: Given) -> list[Source]:
+    """NoCaps: the captions of val and the image list of test, or any files of that schema."""
+    files = [(_split(path, split, given), path) for split, path in given.annotations]
+    if not files:
+        root = _need_root(given)
+        places = [(split, _there(root, name, "annotations")) for split, name in NOCAPS.items()]
+        files = [(given.split or split, path) for split, path in places if path]
+        if not files:
+            raise UserError(
+                f"{root} has no file of NoCaps, looked for {', '.join(NOCAPS.values())}; or give "
+                "--annotations"
+            )
+    sources = []
+    for split, path in files:
+        read = read_coco(path, split, need_captions=False)  # there is a val without captions, too
+        folders = [given.root / name for name in (split, f"images/{split}")] if given.root else []
+        for images in folders if given.images is None else []:
+            if any((images / record.image).is_file() for record in read.records[:100]):
+                sources.append(Source("nocaps", path, images, read))
+                break
+        else:
+            sources.append(_source("nocaps", path, given, read))
+    return sources
+
+
 LAYOUTS: dict[str, Callable[[Given], list[Source]]] = {
     "coco": coco,
     "karpathy": karpathy,
@@ -180,7 +206,13 @@ LAYOUTS: dict[str, Callable[[Given], list[Source]]] = {
     "folder": folder,
     "vqa": vqa,
     "gqa": gqa,
+    "nocaps": nocaps,
 }
+
+
+def _read_coco(path: Path, split: str) -> Annotations:
+    """Test splits are published without captions."""
+    return read_coco(path, split, need_captions=not split.startswith("test"))
 
 
 def _vqa_files(given: Given) -> list[tuple[str, Path, Path | None]]:

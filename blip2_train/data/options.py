@@ -57,7 +57,7 @@ def add_input_options(command: argparse.ArgumentParser, name: str) -> None:
     if name in ("vqa", "gqa"):
         add("--questions", **file, help="files of questions, one for each split")
     else:
-        several = "caption file; several with coco and lavis"
+        several = "caption file; several with coco, lavis and nocaps"
         add("--annotations", "--captions", **file, help=several)
     if name == "vqa":
         add("--annotations", **file, help="their annotations; test splits have none")

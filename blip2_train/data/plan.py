@@ -104,6 +104,8 @@ def file_items(sources: list[Source]) -> Iterator[tuple[str, Item]]:
             }
             if record.questions:
                 payload["questions"] = record.questions
+            if record.domain:
+                payload["domain"] = record.domain
             key = f"{number:08d}_{stem[:64]}"
             yield (
                 record.split,
@@ -177,8 +179,7 @@ def make_from_file(item: Item, *, short_side: int, quality: int) -> tuple[bytes,
         "width": width,
         "height": height,
     }
-    asked = questions_of(item)
-    return jpeg, {**meta, "questions": asked} if asked else meta
+    return jpeg, meta | {k: item.payload[k] for k in ("questions", "domain") if k in item.payload}
 
 
 def questions_of(item: Item) -> list[dict[str, Any]]:

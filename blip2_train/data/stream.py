@@ -311,6 +311,7 @@ class EvalStream(Dataset[EvalSample | Skipped]):
         """
         if max_images is not None and max_images < 1:
             raise UserError(f"max_images={max_images}; give 1 or more, or null for all images.")
+        self.name, self.split = source.name, source.split
         self._source = source
         self._transform = transform
         self._max_words = max_words

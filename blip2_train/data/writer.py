@@ -176,7 +176,7 @@ def _write(folder: Path, planned: PlannedShard, make: Make) -> Written:
                 jpeg, meta = make(item)
                 sample = {"jpg": jpeg, "json": json.dumps(meta).encode("ascii")}
                 # nothing is written that would not be read
-                raw_sample(item.key, sample, need_captions=not questions_of(item))
+                raw_sample(item.key, sample, need_captions=bool(item.captions))
             except BadImage as error:
                 skipped.append((item.file, str(error)))
             except SampleError as error:

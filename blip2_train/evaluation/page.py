@@ -35,7 +35,11 @@ def write_results(folder: Path, content: Mapping[str, Any], outcome: Outcome) ->
         "split " + content["config"]["split"] + ": "
         + ", ".join(f"{count:,} {name}" for name, count in outcome.counts.items()),
     ]  # fmt: skip
-    rows = [[name, f"{value:.2f}"] for name, value in outcome.metrics.items()]
+    intro += [f"{about}: {sentence}" for about, sentence in outcome.notes.items()]
+    rows = [
+        [name, "-" if value is None else f"{value:.{outcome.digits}f}"]
+        for name, value in outcome.metrics.items()
+    ]
     sections = [Section("Metrics", tables=[Table(["metric", "value"], rows)])]
     for name, shown in (("best", outcome.best), ("worst", outcome.worst)):
         if shown:

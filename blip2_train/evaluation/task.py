@@ -1,6 +1,7 @@
 """What an evaluation is: a task makes an outcome of a model and a split."""
 
 import abc
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +16,8 @@ class Outcome:
     """What a task found, the same on every rank (but for the rows).
 
     Attributes:
-        metrics: {name: value}, percent where it is an accuracy or a recall.
+        metrics: {name: value}, percent where it is an accuracy or a recall; None: it could not be
+            computed here, and `notes` say why.
         counts: {what: how many}: images, captions, questions, skipped, ...
         files: {file name: content}, written as JSON beside the metrics: what a benchmark's server
             takes.
@@ -23,15 +25,19 @@ class Outcome:
         worst: of the page, on rank 0.
         skipped: {"shard", "key", "reason"} of each sample that could not be used.
         text: of the page: how its samples are to be read.
+        notes: {about what: sentence}, in metrics.json and on the page: how metrics came about.
+        digits: of the metrics where they are shown.
     """
 
-    metrics: dict[str, float]
+    metrics: Mapping[str, float | None]
     counts: dict[str, int]
     files: dict[str, Any] = field(default_factory=dict)
     best: list[Row] = field(default_factory=list)
     worst: list[Row] = field(default_factory=list)
     skipped: list[dict[str, str]] = field(default_factory=list)
     text: str = ""
+    notes: dict[str, str] = field(default_factory=dict)
+    digits: int = 2
 
 
 class Task(abc.ABC):
