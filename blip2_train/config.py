@@ -148,6 +148,11 @@ def batch_plan(cfg: Mapping[str, Any], world_size: int) -> BatchPlan:
     return plan_batch(cfg["batch"]["size"], cfg["batch"]["accumulate"], world_size, cache=cache)
 
 
+def trains_tower(cfg: Mapping[str, Any]) -> bool:
+    """Whether the image tower of stage 1 or 2 learns with the rest."""
+    return at(cfg, "vision.trainable") is True
+
+
 def to_plain(cfg: DictConfig) -> dict[str, Any]:
     """The configuration as plain values, every interpolation resolved.
 
@@ -166,6 +171,20 @@ def to_plain(cfg: DictConfig) -> dict[str, Any]:
         raise UserError(f"{key}: {reason}" if key else reason) from error
     del plain["recipe"]  # its row was read through the other keys
     return plain
+
+
+def lacks_checkpoint(cfg: Mapping[str, Any]) -> bool:
+    """Whether a training should go on from a checkpoint, and none is given.
+
+    So should stage 2, and stage 1 where a tower learns that a Q-Former reads already.
+    """
+    tuned = cfg["stage"] == "stage1" and trains_tower(cfg) and at(cfg, "qformer.init") != "random"
+    return at(cfg, "init_from") is None and (tuned or at(cfg, "init") == "checkpoint")
+
+
+def without_checkpoint(cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """A plain configuration with a name for a checkpoint that must be given, but is not read."""
+    return {**cfg, "init_from": "CHECKPOINT"} if lacks_checkpoint(cfg) else dict(cfg)
 
 
 # What every source of data.sources says.
@@ -194,13 +213,17 @@ def validate(cfg: Mapping[str, Any], world_size: int = 1) -> None:
             isinstance(weights, Mapping) and any(weights.values()),
             f"loss.weights={weights}: at least one must be above 0",
         )
-    if at(cfg, "init") == "checkpoint":
-        need(
-            at(cfg, "init_from") is not None,
+    if lacks_checkpoint(cfg) and at(cfg, "init") == "checkpoint":
+        problems.append(
             "stage 2 begins with a stage-1 checkpoint: give init_from=PATH, or init=random or "
-            "init=bert for the ablation without stage 1",
+            "init=bert for the ablation without stage 1"
         )
-    elif has(cfg, "init"):
+    elif lacks_checkpoint(cfg):
+        problems.append(
+            "vision.trainable=true goes on from a stage-1 checkpoint: give init_from=PATH, or "
+            "qformer.init=random to begin with nothing"
+        )
+    elif at(cfg, "init") != "checkpoint" and has(cfg, "init"):
         need(
             at(cfg, "init_from") is None,
             f"init={at(cfg, 'init')} and init_from={at(cfg, 'init_from')} exclude each other",
@@ -228,6 +251,7 @@ def validate(cfg: Mapping[str, Any], world_size: int = 1) -> None:
     )
     if at(cfg, "data.features") == "cached":
         problems += _cache_problems(cfg)
+    problems += _tower_problems(cfg)
     if at(cfg, "vision.precision") == "float8":
         dtype, precision = at(cfg, "vision.dtype"), at(cfg, "trainer.precision")
         need(
@@ -273,6 +297,30 @@ def validate(cfg: Mapping[str, Any], world_size: int = 1) -> None:
             problems.append(str(error))
     if problems:
         raise UserError("; ".join(problems))
+
+
+def _tower_problems(cfg: Mapping[str, Any]) -> list[str]:
+    """What a trained image tower cannot be together with, and what only such a one can have."""
+    if not trains_tower(cfg):
+        alone = {"vision.gradient_checkpointing": False, "optimizer.layer_decay": 1}
+        return [
+            f"{key}={str(at(cfg, key)).lower()} acts on a trained image tower of stage 1 or 2: set "
+            f"vision.trainable=true, or {key}={str(without).lower()}"
+            for key, without in alone.items()
+            if at(cfg, key) not in (without, None)
+        ]
+    wanted = {
+        "vision.dtype": ("float32", "its weights are trained in float32"),
+        "vision.precision": ("native", "float8 is for weights that stay as they are"),
+        "data.features": ("computed", "features that were computed before do not follow it"),
+        "trainer.overlap": (False, "the next batch must see what this step makes of it"),
+    }
+    return [
+        f"vision.trainable=true does not go with {key}={str(at(cfg, key)).lower()} ({why}): set "
+        f"{key}={str(value).lower()}"
+        for key, (value, why) in wanted.items()
+        if at(cfg, key) != value
+    ]
 
 
 def _cache_problems(cfg: Mapping[str, Any]) -> list[str]:

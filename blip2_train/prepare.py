@@ -94,7 +94,7 @@ def prepare_synthetic(args: argparse.Namespace, command: str) -> int:
     world = WORLDS[args.objects]
     settings = {"size": args.size, "quality": args.quality}
     try:
-        items = list(synthetic_items(world, args.samples, args.seed, args.held_out))
+        items = list(synthetic_items(world, args.samples, args.seed, args.held_out, args.questions))
     except ValueError as error:
         raise UserError(f"--held-out {args.held_out} is too many: {error}") from None
     return _prepare(args, command, items, [], partial(make_scene, **settings), settings)
@@ -262,6 +262,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument(
         "--objects", type=int, choices=(1, 2), default=1, help="in a scene; 2: with a relation (1)"
+    )
+    command.add_argument(
+        "--questions", action="store_true", help="with answers, beside the captions"
     )
     command.add_argument(
         "--size", type=whole(16, 4096), default=64, metavar="PX", help="side, pixels (64)"

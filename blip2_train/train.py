@@ -34,7 +34,15 @@ from blip2_train.command import (
     set_up_logging,
 )
 from blip2_train.command import split as split_arguments
-from blip2_train.config import Launch, conf_dir, dotted_keys, launch, to_plain, validate
+from blip2_train.config import (
+    Launch,
+    conf_dir,
+    dotted_keys,
+    launch,
+    to_plain,
+    validate,
+    without_checkpoint,
+)
 from blip2_train.errors import RankError, UserError
 from blip2_train.rules import GROUPS
 
@@ -66,6 +74,8 @@ def train(cfg: DictConfig, *, dry_run: bool = False, patient: bool = False) -> P
     """
     started = launch()
     plain = to_plain(cfg)
+    if dry_run:
+        plain = without_checkpoint(plain)
     devices = plain["trainer"]["devices"]
     if dry_run and started.world_size == 1 and isinstance(devices, int) and devices > 0:
         # nothing is started: the question is what that many devices would do

@@ -40,6 +40,7 @@ from blip2_train.training.memory import (
     Sketch,
     fused_attention,
     made_up_loss,
+    recomputable,
     recompute,
 )
 from blip2_train.training.objectives import draw_uniform, stage1_step
@@ -50,6 +51,8 @@ TOWER = [
     "qformer.num_query_tokens=8", "qformer.init=random",
 ]  # fmt: skip
 STAGE1 = ["experiment=stage1_vitg", "text.vocab_size=500", "batch.size=16", *TOWER]
+LEARNS = ["vision.trainable=true"]
+TUNED = [*STAGE1, *LEARNS]
 SIZES = {
     "opt": "{model_type: opt, hidden_size: 64, word_embed_proj_dim: 64, num_hidden_layers: 2, "
     "num_attention_heads: 2, ffn_dim: 256, max_position_embeddings: 64, vocab_size: 500}",
@@ -91,6 +94,10 @@ def allocated(step: Any) -> int:
         (STAGE1, ("qformer",)),
         ([*STAGE1, *PARTS], ()),
         ([*STAGE1, *PARTS], ("qformer",)),
+        (TUNED, ()),
+        (TUNED, ("qformer", "vision")),
+        ([*TUNED, *PARTS], ()),
+        (stage2("opt", *LEARNS), ("vision",)),
         (stage2("opt"), ()),
         (stage2("opt"), ("qformer", "language_model")),
         (stage2("opt", "language_model.quantization=torchao_int8"), ()),
@@ -216,8 +223,8 @@ def run(words: list[str], tmp_path: Path) -> dict[str, Any]:
 
 def linear(sketch: Sketch, plan: BatchPlan) -> Memory:
     """In place of a trace, which the tests above are about: 1 MB a sample, less if recomputed."""
-    lean = [name for name in CHECKPOINTED if getattr(sketch.model, name, None)]
-    lean = [name for name in lean if getattr(sketch.model, name).gradient_checkpointing]
+    parts = [getattr(sketch.model, name) for name in recomputable(sketch.model)]
+    lean = [part for part in parts if part.gradient_checkpointing]
     return replace(sketch.empty(), activations=1e6 * plan.at_a_time / (1 + len(lean)))
 
 
@@ -378,7 +385,7 @@ def documented() -> dict[tuple[str, int], tuple[int, int]]:
 
 def check_documented(experiment: str, sizes: list[int]) -> None:
     sketch = Sketch(fit.configuration([f"experiment={experiment}"], 16))
-    parts = tuple(name for name in CHECKPOINTED if hasattr(sketch.model, name))
+    parts = tuple(recomputable(sketch.model))
     for size in sizes:
         for recomputed, batch in zip(((), parts), documented()[experiment, size], strict=True):
             recompute(sketch.model, recomputed)

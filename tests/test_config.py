@@ -24,6 +24,7 @@ from blip2_train.config import (
     plan_batch,
     to_plain,
     validate,
+    without_checkpoint,
 )
 from blip2_train.errors import UserError
 from blip2_train.models.freezing import count_parameters
@@ -60,6 +61,11 @@ STAND_INS = {
     "stage1_flickr8k_tiny": ["text.vocab_size=200"],
     "stage2_flickr8k_tiny": ["language_model=opt2_7b"],
 }
+STAND_INS |= {
+    "finetune_retrieval_tiny": ["text.vocab_size=200"],
+    "finetune_caption_tiny": ["+language_model.config.vocab_size=200"],
+    "finetune_vqa_tiny": ["+language_model.config.vocab_size=200", "model.vocab_size=200"],
+}
 STAND_INS |= {f"demo_{name.split('_')[0]}": stand_ins for name, stand_ins in STAND_INS.items()}
 
 
@@ -70,15 +76,20 @@ def on_meta(cfg: dict[str, Any]) -> Any:
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_builds(name: str) -> None:
-    cfg = plain(name, *STAND_INS.get(name, []))
-    cfg["init_from"] = "some.ckpt" if cfg["stage"] == "stage2" else None
+    words = [f"experiment={name}", *STAND_INS.get(name, [])]
+    cfg = without_checkpoint(to_plain(compose(words)))
     validate(cfg)
     assert cfg["run"]["name"] == name
+    tuned = {"finetune_retrieval": "stage1", "finetune_caption": "stage2", "finetune_vqa": "stage2"}
+    for prefix, stage in tuned.items():
+        name = name.replace(prefix, stage)
     assert name.removeprefix("demo_").startswith(cfg["stage"])
     model = on_meta(cfg)
     if "vision" in cfg:
         assert model.qformer.vision_width == model.vision.width
-        assert count_parameters(model.vision.parameters(), trainable=True) == 0
+        trained = count_parameters(model.vision.parameters(), trainable=True)
+        assert (trained > 0) is cfg["vision"]["trainable"]
+        assert cfg["vision"]["trainable"] is cfg["run"]["name"].startswith("finetune_")
     if "language_model" in cfg:
         assert count_parameters(model.language_model.parameters(), trainable=True) == 0
     assert count_parameters(model.parameters(), trainable=True) > 0
@@ -132,6 +143,96 @@ def test_the_recipes_of_stage_2() -> None:
         "data.sources.vg.randaugment": True,
     }
     assert plain("stage2_vitg_flant5xl", "recipe=lavis")["text"]["prefix"] == "none"
+
+
+def finetuning(name: str, *overrides: str) -> dict[str, Any]:
+    return plain(f"finetune_{name}", "init_from=some.ckpt", *overrides)
+
+
+@pytest.mark.parametrize(
+    ("name", "trained"),  # millions, of the paper's tables 3 and 5
+    [("retrieval_coco_vitg", 1.2e3), ("retrieval_coco_vitl", 474), ("caption_coco_opt2_7b", 1.1e3)],
+)
+def test_fine_tuning_has_the_published_sizes(name: str, trained: float) -> None:
+    model = on_meta(finetuning(name))
+    assert model.vision.num_tokens == 26**2 + 1  # 364 pixels
+    count = count_parameters(model.parameters(), trainable=True) / 1e6
+    assert count == pytest.approx(trained, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("name", "decay", "prompt_tokens"),
+    [("vqa_opt2_7b", 0.95, 64), ("vqa_opt6_7b", 0.9, 64), ("vqa_flant5xl", 0.95, 64)],
+)
+def test_the_papers_question_answering(name: str, decay: float, prompt_tokens: int) -> None:
+    """Table 4 and the appendix; 1.2 billion parameters are trained."""
+    cfg = finetuning(name)
+    validate(cfg, world_size=16)
+    assert cfg["optimizer"] == {
+        "lr": 1e-5, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.05, "grad_clip": None,
+        "layer_decay": decay,
+    }  # fmt: skip
+    assert cfg["batch"]["size"] == 128 and cfg["schedule"]["warmup_steps"] == 1000
+    questions = 443_757 + 214_354  # of VQAv2's train and val
+    assert cfg["trainer"]["max_steps"] == 5 * (questions // 128)
+    assert cfg["data"]["text"] == "questions" and cfg["data"]["prompt"] == "Question: {} Answer:"
+    assert cfg["text"]["max_tokens"] == prompt_tokens and cfg["text"]["prefix"] == "none"
+    splits = {name: source["split"] for name, source in cfg["data"]["sources"].items()}
+    assert splits == {"vqav2": "train", "vqav2_val": "val"}
+    model = on_meta(cfg)
+    assert model.vision.num_tokens == 35**2 + 1  # 490 pixels
+    count = count_parameters(model.parameters(), trainable=True) / 1e9
+    assert count == pytest.approx(1.2, abs=0.05)
+
+
+CAPTIONS = 566_747  # of the 113,287 images of COCO's Karpathy training split
+
+
+@pytest.mark.parametrize(
+    ("name", "lr", "beta2", "decay", "size"),
+    [
+        ("retrieval_coco_vitg", 1e-5, 0.999, 0.95, 224),
+        ("retrieval_coco_vitl", 5e-6, 0.98, 1.0, 224),
+        ("caption_coco_opt2_7b", 1e-5, 0.999, 1.0, 256),
+        ("caption_coco_opt6_7b", 1e-5, 0.999, 0.95, 256),
+        ("caption_coco_flant5xl", 1e-5, 0.999, 1.0, 256),
+    ],
+)
+def test_the_papers_fine_tuning(
+    name: str, lr: float, beta2: float, decay: float, size: int
+) -> None:
+    cfg = finetuning(name)
+    validate(cfg, world_size=16)
+    assert cfg["optimizer"] == {
+        "lr": lr, "betas": [0.9, beta2], "eps": 1e-8, "weight_decay": 0.05, "grad_clip": None,
+        "layer_decay": decay,
+    }  # fmt: skip
+    assert cfg["batch"]["size"] == size and cfg["schedule"]["warmup_steps"] == 1000
+    assert cfg["trainer"]["max_steps"] == 5 * (CAPTIONS // size)
+    assert cfg["vision"]["image_size"] == 364 and cfg["trainer"]["precision"] == "bf16-mixed"
+    assert set(cfg["data"]["sources"]) == {"coco"}
+    if name.startswith("caption"):
+        assert cfg["data"]["prompt"] == "a photo of " and cfg["text"]["prefix"] == "none"
+    else:
+        assert all(cfg["loss"]["weights"].values())  # table 6: captioning helps retrieval
+
+
+def test_fine_tuning_as_lavis_does_it() -> None:
+    for name, changes in {
+        "retrieval_coco_vitg": {"optimizer.layer_decay": 1.0},  # theirs has no effect
+        "caption_coco_opt2_7b": {"data.sources.coco.randaugment": True},
+    }.items():
+        ours, theirs = flatten(finetuning(name)), flatten(finetuning(name, "recipe=lavis"))
+        epoch = CAPTIONS // ours["batch.size"]
+        always = {"loss.normalise": "rank", "schedule.steps_per_epoch": epoch}
+        assert {k: v for k, v in theirs.items() if v != ours[k]} == changes | always
+        assert theirs["trainer.max_steps"] == 5 * epoch
+
+
+def test_fine_tuning_begins_with_a_checkpoint() -> None:
+    assert "init_from=PATH" in refused("experiment=finetune_retrieval_coco_vitg")
+    assert "init_from=PATH" in refused("experiment=finetune_caption_coco_opt2_7b")
+    validate(plain("finetune_retrieval_coco_vitg", "qformer.init=random"))
 
 
 @pytest.mark.parametrize("vision", VISIONS)
@@ -389,6 +490,9 @@ def test_no_value_is_a_traceback(stages: dict[str, dict[str, Any]], key: str, va
         validate(cfg)
 
 
+TRAINED = ["vision.trainable=true", "vision.dtype=float32"]
+
+
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
@@ -397,6 +501,14 @@ def test_no_value_is_a_traceback(stages: dict[str, dict[str, Any]], key: str, va
         (["data.sources={}"], "data.sources"),
         (["run.name=.."], "run.name=.. must be a plain folder name"),
         (["batch.size=1681", "batch.accumulate=4"], "set batch.size=1680 or 1684"),
+        (["vision.trainable=true"], "vision.dtype=bfloat16 (its weights are trained in float32)"),
+        ([*TRAINED, "vision.precision=float8"], "set vision.precision=native"),
+        ([*TRAINED, "data.features=cached"], "set data.features=computed"),
+        ([*TRAINED, "trainer.overlap=true"], "set trainer.overlap=false"),
+        (["vision.gradient_checkpointing=true"], "set vision.trainable=true, or vision.grad"),
+        (["optimizer.layer_decay=0.9"], "set vision.trainable=true, or optimizer.layer_decay=1"),
+        ([*TRAINED, "optimizer.layer_decay=0"], "optimizer.layer_decay=0 must be a number from"),
+        ([*TRAINED, "optimizer.layer_decay=1.1"], "layer_decay=1.1 must be a number from"),
     ],
 )
 def test_rules_across_keys(paper: dict[str, Any], overrides: list[str], said: str) -> None:
@@ -521,6 +633,22 @@ def test_what_may_change_on_resume(paper: dict[str, Any]) -> None:
         "validation.every: 5000 -> 7",
         "wandb.mode: auto -> offline",
     ]
+
+
+def test_a_trained_tower_on_resume() -> None:
+    ours = finetuning("retrieval_coco_vitg")
+    free = finetuning("retrieval_coco_vitg", "vision.gradient_checkpointing=false")
+    line = "vision.gradient_checkpointing: True -> False"
+    assert compare_for_resume(ours, free, []) == [line]
+    key = "optimizer.layer_decay"
+    other = finetuning("retrieval_coco_vitg", f"{key}=0.9")
+    assert compare_for_resume(ours, other, [key]) == [f"{key}: 0.95 -> 0.9"]
+    without = finetuning("retrieval_coco_vitg", f"{key}=1")
+    with pytest.raises(UserError, match="other groups"):
+        compare_for_resume(ours, without, [key])
+    frozen = changed(ours, vision__trainable=False)
+    with pytest.raises(UserError, match=r"vision\.trainable: True -> False .* another run"):
+        compare_for_resume(ours, frozen, ["vision"])
 
 
 def test_shards_and_tokenizer_may_move() -> None:

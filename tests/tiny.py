@@ -152,6 +152,31 @@ def run_command(
     )
 
 
+def tiny_finetuning(shards: Path, runs: Path, name: str, **changes: Any) -> dict[str, list[str]]:
+    """Overrides of a run of a few seconds of each of the small fine-tuning experiments.
+
+    Their names are "retrieval" and "caption", the runs' folders `name` with those in front.
+    """
+    twins = {
+        "retrieval": {"text.tokenizer": shards / "tokenizer"},
+        "caption": {
+            "language_model.tokenizer": shards / "tokenizer",
+            "language_model.config.hidden_size": 32,
+            "language_model.config.word_embed_proj_dim": 32,
+            "language_model.config.num_attention_heads": 2,
+            "language_model.config.ffn_dim": 64,
+        },
+    }
+    found = {}
+    for twin, own in twins.items():
+        settings = {"experiment": f"finetune_{twin}_tiny", **own, **changes}
+        words = tiny_run(shards, runs, f"{twin}-{name}", **settings)
+        if twin == "caption":
+            words = [word for word in words if not word.startswith("text.tokenizer")]
+        found[twin] = words
+    return found
+
+
 def tiny_stage_runs(shards: Path, runs: Path, **changes: Any) -> dict[str, list[str]]:
     """Overrides of a run of a few seconds of every other stage; stage 2 builds on nothing."""
     common: dict[str, Any] = {

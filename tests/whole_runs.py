@@ -13,6 +13,8 @@ from forked import start_training
 
 from blip2_train.checkpoint import io
 
+NOT_LEARNED = ".key.bias"  # no loss depends on it; AdamW turns the rounding of 0 into steps
+
 
 def one_thread() -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1"}
@@ -70,6 +72,34 @@ def assert_same_end(ours: Path, theirs: Path) -> None:
     for key in ("step", "drawn", "scores", "model", "optimizer"):
         assert_equal_states(a[key], b[key], key)
     assert rows(ours) == rows(theirs)
+
+
+def largest_differences(ours: Path, theirs: Path) -> dict[str, float]:
+    """How far two runs are apart: in any loss of any step or validation, in any weight."""
+    found = {"losses": 0.0, "weights": 0.0, "weights not learned": 0.0}
+    for a, b in zip(rows(ours), rows(theirs), strict=True):
+        assert a.keys() == b.keys() and a["step"] == b["step"]
+        for name, value in b.items():
+            assert bool(a[name]) == bool(value), name
+            if name.startswith(("epochs/", "lr", "skipped")):
+                assert a[name] == value, name
+            elif name.startswith(("train/loss", "val/loss")) and value:
+                found["losses"] = max(found["losses"], abs(float(a[name]) - float(value)))
+    ends = last_checkpoint(ours), last_checkpoint(theirs)
+    assert ends[0]["step"] == ends[1]["step"]
+    assert ends[0]["drawn"] == ends[1]["drawn"]
+    weights = [end["model"] for end in ends]
+    assert weights[0].keys() == weights[1].keys()
+    for name, value in weights[1].items():
+        apart = (weights[0][name] - value).abs()
+        if name.endswith("attn.qkv.bias"):  # of a trained tower, the keys' in the middle
+            keys = apart.chunk(3)[1].clone()
+            apart.chunk(3)[1].zero_()
+            found["weights not learned"] = max(found["weights not learned"], keys.max().item())
+        kind = "weights not learned" if name.endswith(NOT_LEARNED) else "weights"
+        found[kind] = max(found[kind], apart.max().item())
+    print(f"{ours.name} and {theirs.name}:", {k: f"{v:.1e}" for k, v in found.items()})
+    return found
 
 
 def pids_of(argument: str) -> list[int]:

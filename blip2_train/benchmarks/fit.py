@@ -31,10 +31,17 @@ from blip2_train.benchmarks.batches import (
 )
 from blip2_train.benchmarks.machine import processor, versions
 from blip2_train.benchmarks.trial import Trial
-from blip2_train.config import BatchPlan, batch_plan, to_plain, validate
+from blip2_train.config import (
+    BatchPlan,
+    batch_plan,
+    to_plain,
+    trains_tower,
+    validate,
+    without_checkpoint,
+)
 from blip2_train.errors import UserError
 from blip2_train.train import compose
-from blip2_train.training.memory import CHECKPOINTED, CONTEXT, GB, Memory, Sketch, recompute
+from blip2_train.training.memory import CONTEXT, GB, Memory, Sketch, recomputable, recompute
 
 
 def run(
@@ -99,7 +106,7 @@ def configuration(overrides: Sequence[str], world: int) -> dict[str, Any]:
     Raises:
         UserError: it is not one, or its batch cannot be cut for so many devices.
     """
-    cfg = to_plain(compose(list(overrides)))
+    cfg = without_checkpoint(to_plain(compose(list(overrides))))
     if cfg["stage"] == "stage2":
         cfg |= {"init": "random", "init_from": None}
         cfg["language_model"]["weights"] = "random"
@@ -126,7 +133,7 @@ def check_room(cfg: Mapping[str, Any], least: Memory, memory: float) -> None:
             "language_model.quantization=torchao_int4 (torchao_int8, bitsandbytes_nf4) stores the "
             "language model in less"
         )
-    if cfg.get("vision", {}).get("dtype") == "float32":
+    if cfg.get("vision", {}).get("dtype") == "float32" and not trains_tower(cfg):
         ways.append("vision.dtype=bfloat16 halves the tower")
     ways.append("a smaller model or a larger device")
     raise UserError(
@@ -146,7 +153,7 @@ def choices(
     world: int,
 ) -> list[Choice]:
     """What fits with every combination of recomputed parts, fastest first."""
-    parts = [name for name in CHECKPOINTED if hasattr(sketch.model, name)]
+    parts = recomputable(sketch.model)
     largest, found = batch_plan(cfg, world).at_a_time, []
     plain = math.nan
     for count in range(len(parts) + 1):

@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from blip2_train.checkpoint.io import FORMAT, damage
 from blip2_train.checkpoint.lavis import from_lavis, is_lavis
 from blip2_train.errors import UserError
+from blip2_train.models.vision import VisionTower
+
+TOWER = "vision."  # prefix of the image tower's weights
 
 
 @dataclass
@@ -21,12 +24,14 @@ class Account:
     Attributes:
         loaded: taken from the checkpoint.
         missing: kept their initial values.
+        kept: of the image tower, where the checkpoint has none: they come from `vision.weights`.
         dropped: {name in the checkpoint: why it was not needed}.
         unexpected: names in the checkpoint that the model does not have.
     """
 
     loaded: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
+    kept: list[str] = field(default_factory=list)
     dropped: dict[str, str] = field(default_factory=dict)
     unexpected: list[str] = field(default_factory=list)
 
@@ -35,6 +40,8 @@ class Account:
             f"{len(self.loaded)} weights loaded, {len(self.missing)} not in the checkpoint, "
             f"{len(self.dropped)} dropped on purpose, {len(self.unexpected)} unexpected"
         ]
+        if self.kept:
+            lines.append(f"  not in the checkpoint: an image tower; {len(self.kept)} weights stay")
         lines += [f"  not in the checkpoint: {name}" for name in self.missing]
         lines += [f"  dropped: {name} ({reason})" for name, reason in self.dropped.items()]
         lines += [f"  unexpected: {name}" for name in self.unexpected]
@@ -89,10 +96,12 @@ def init_from(
         left_behind: {regular expression: why}, weights of an earlier stage that this one may lack.
 
     Raises:
-        UserError: as `read_weights`; another shape; nothing that fits; or no query tokens, without
-            which nothing of a Q-Former would be worth having.
+        UserError: as `read_weights`; another shape; nothing that fits; a part of an image tower
+            that is trained; or no query tokens, without which nothing of a Q-Former would be worth
+            having.
     """
     weights, dropped, unexpected = read_weights(path)
+    weights = _with_fitting_positions(model, weights)
     account = Account(dropped=dict(dropped), unexpected=list(unexpected))
     own = model.state_dict()
     for name, value in weights.items():
@@ -114,6 +123,14 @@ def init_from(
     account.missing = [
         name for name in own if name not in weights and not name.startswith(frozen_prefixes)
     ]
+    lacking = [name for name in account.missing if name.startswith(TOWER)]
+    if lacking and any(name.startswith(TOWER) for name in account.loaded):
+        raise UserError(
+            f"init_from={path} lacks {len(lacking)} weights of the image tower, the first is "
+            f"{lacking[0]}; set vision.* as it was trained"
+        )
+    account.kept = lacking
+    account.missing = [name for name in account.missing if not name.startswith(TOWER)]
     needed = "qformer.query_tokens"
     if needed in own and needed not in account.loaded:
         raise UserError(f"init_from={path} has no query tokens; it is no BLIP-2 checkpoint")
@@ -121,3 +138,14 @@ def init_from(
         raise UserError(f"init_from={path} has no weight that this stage trains")
     model.load_state_dict({name: weights[name] for name in account.loaded}, strict=False)
     return account
+
+
+def _with_fitting_positions(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights, a tower's positions among them interpolated to the model's image size."""
+    vision = getattr(model, "vision", None)
+    if not isinstance(vision, VisionTower):
+        return weights
+    return {
+        name: vision.fitted(name.removeprefix(TOWER), value) if name.startswith(TOWER) else value
+        for name, value in weights.items()
+    }

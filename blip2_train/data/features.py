@@ -57,8 +57,9 @@ def tower_identity(vision: Mapping[str, Any]) -> dict[str, Any]:
         if not Path(weights).is_file():
             raise UserError(f"vision.weights={weights} is no file; give a file of timm weights")
         weights = f"sha256:{file_sha256(Path(weights))}"
-    # as it was before there was another precision, so that features of then are found
+    # as it was before there were these keys, so that features of then are found
     same = {"_target_": vision.get("_target_"), "precision": "native"}
+    same |= {"trainable": False, "gradient_checkpointing": False}
     depends = {key: value for key, value in vision.items() if same.get(key) != value}
     return {**depends, "weights": weights}
 

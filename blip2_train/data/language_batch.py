@@ -111,7 +111,6 @@ def collate_causal(
             may be empty.
         bucket: T is a multiple of it, but at most `max_text_tokens`.
     """
-    rows, first = [], []
     if any(sample.prompt is not None for sample in samples):
         rows, first = _answers(samples, text, max_text_tokens)
     else:

@@ -143,7 +143,7 @@ def collate_eval_questions(
     prompt: str,
     max_words: int,
 ) -> dict[str, Any]:
-    """An evaluation batch of each image's first answered question, with its commonest answer.
+    """An evaluation batch of one answered question of each image, with its commonest answer.
 
     Images without one are left out and reported, like those that are unusable. As of the other
     evaluation batches of stage 2, `items` are numbers within the stream; `captions` are the answers
@@ -160,7 +160,7 @@ def collate_eval_questions(
     for item in items:
         if not isinstance(item, EvalSample):
             continue
-        found = first_answered(item, max_words)
+        found = one_answered(item, max_words)
         if isinstance(found, str):
             shard, _, key = item.key.rpartition("/")
             skipped.append({"shard": shard, "key": key, "reason": found})
@@ -182,11 +182,11 @@ def collate_eval_questions(
     }
 
 
-def first_answered(item: EvalSample, max_words: int) -> tuple[str, list[str]] | str:
-    """The first question of an image that has an answer, and its answers, the commonest first.
+def one_answered(item: EvalSample, max_words: int) -> tuple[str, list[str]] | str:
+    """A question of an image that has answers: of one image the first, of the next the second.
 
     Returns:
-        The cleaned question and the different answers; or why there is none.
+        The cleaned question and the different answers, the commonest first; or why there is none.
     """
     try:
         found = answered(item.extra.get("questions"), max_words)
@@ -194,7 +194,7 @@ def first_answered(item: EvalSample, max_words: int) -> tuple[str, list[str]] | 
         return str(error)
     if not found:
         return NO_ANSWER
-    question, answers = found[0]
+    question, answers = found[item.item % len(found)]
     return question, [answer for answer, _ in Counter(answers).most_common()]
 
 

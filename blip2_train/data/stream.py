@@ -8,6 +8,7 @@ many samples were drawn from each source.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -353,6 +354,17 @@ class EvalStream(Dataset[EvalSample | Skipped]):
         key = f"{name}/{tar}/{raw.key}"
         extra = {name: raw.meta[name] for name in self._extra if name in raw.meta}
         return EvalSample(image, captions, image_id, key, item, extra)
+
+    @property
+    def source(self) -> Source:
+        """What the images are taken from."""
+        return self._source
+
+    def undecoded(self) -> EvalStream:
+        """The same items, their images not decoded: where the text alone is wanted."""
+        other = copy.copy(self)
+        other._transform = other._features = None
+        return other
 
     def picture(self, item: int) -> Image.Image:
         """An image that can be used, to look at: as the tower sees it, or saw it.

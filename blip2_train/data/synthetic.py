@@ -37,7 +37,7 @@ from blip2_train.data.drawing import (
     draw_two,
 )
 from blip2_train.data.images import encode_jpeg
-from blip2_train.data.plan import Item
+from blip2_train.data.plan import Item, questions_of
 
 SPLITS = ("train", "val", "novel", "compositional", "text")
 INVERSE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
@@ -60,6 +60,7 @@ class World:
         draw: (scene, side in pixels, generator) -> picture.
         derived: further words of the captions, {name: (attribute, {value: word})}.
         exists: whether a combination of values is a scene of its own.
+        questions: (attribute that is the answer, question).
     """
 
     name: str
@@ -71,6 +72,7 @@ class World:
     draw: Callable[[Scene, int, random.Random], Image.Image]
     derived: dict[str, tuple[str, dict[str, str]]]
     exists: Callable[[Scene], bool]
+    questions: tuple[tuple[str, str], ...]
 
     def value(self, scene: Scene, attribute: str) -> str:
         """Of one attribute."""
@@ -91,6 +93,25 @@ class World:
         words = dict(zip(self.attributes, scene, strict=True))
         words |= {name: table[words[of]] for name, (of, table) in self.derived.items()}
         return self.captions[template].format(**words)
+
+    def asked(self, scene: Scene, name: str) -> list[dict[str, Any]]:
+        """All questions with their answers, as shards hold them: ten people, who all agree.
+
+        Args:
+            scene: what is asked about.
+            name: that the questions' ids begin with.
+        """
+        words = dict(zip(self.attributes, scene, strict=True))
+        return [
+            {
+                "question_id": f"{name}-{attribute}",
+                "question": question.format(**words),
+                "answers": [words[attribute]] * 10,
+                "answer_type": "other",
+                "question_type": attribute,
+            }
+            for attribute, question in self.questions
+        ]
 
     def read(self, caption: str) -> tuple[Scene, int] | None:
         """The scene and the paraphrase that a caption is, None if it is none of this world."""
@@ -208,11 +229,12 @@ def train_order(world: World, scenes: list[Scene], number: int, seed: int) -> li
 
 
 def synthetic_items(
-    world: World, samples: int, seed: int, held_out: int
+    world: World, samples: int, seed: int, held_out: int, questions: bool = False
 ) -> Iterator[tuple[str, Item]]:
     """Yield (split, item) of `samples` training images and of the other splits.
 
-    `text` has as many items as `train`, or one per scene where these are fewer.
+    `text` has as many items as `train`, or one per scene where these are fewer. With `questions`
+    those of the other splits have all of the world's.
 
     Raises:
         ValueError: so many scenes are held out that none is left to train on.
@@ -236,6 +258,8 @@ def synthetic_items(
             captions = [world.caption(scene, template) for template in templates]
             draw = None if split == "text" else rng.getrandbits(32)
             payload = {"objects": world.objects, "scene": scene, "draw": draw}
+            if questions and split != "text":
+                payload["questions"] = world.asked(scene, f"{split}-{number}")
             yield split, Item(f"{number:08d}", f"{split} image {number}", captions, payload)
 
 
@@ -249,13 +273,18 @@ def make_scene(item: Item, *, size: int, quality: int) -> tuple[bytes, dict[str,
     if item.payload["draw"] is not None:
         image = world.draw(scene, size, random.Random(item.payload["draw"]))
     # Of a red square on brown, halved colours would leave a smear.
-    return encode_jpeg(image, quality, subsampling="4:4:4"), {
+    meta = {
         "image_id": "-".join(scene),  # equal scenes have equal captions: they are one to the loss
         "captions": item.captions,
         "source": world.name,
         "width": size,
         "height": size,
     }
+    asked = questions_of(item)
+    return (
+        encode_jpeg(image, quality, subsampling="4:4:4"),
+        {**meta, "questions": asked} if asked else meta,
+    )
 
 
 ONE = World(
@@ -281,6 +310,13 @@ ONE = World(
     draw=draw_one,
     derived={},
     exists=lambda scene: True,
+    questions=(
+        ("colour", "What colour is the {shape}?"),
+        ("shape", "What shape is {colour}?"),
+        ("size", "How large is the {shape}?"),
+        ("position", "Where is the {colour} {shape}?"),
+        ("background", "What is behind the {shape}?"),
+    ),
 )
 
 
@@ -313,5 +349,11 @@ TWO = World(
     draw=draw_two,
     derived={"inverse": ("relation", INVERSE)},
     exists=_is_two,
+    questions=(
+        ("colour", "What colour is the {shape} {relation} the {other_colour} {other_shape}?"),
+        ("shape", "What shape is {relation} the {other_colour} {other_shape}?"),
+        ("relation", "Where is the {colour} {shape} to the {other_colour} {other_shape}?"),
+        ("background", "What is behind them?"),
+    ),
 )
 WORLDS = {world.objects: world for world in (ONE, TWO)}

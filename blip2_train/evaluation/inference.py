@@ -4,7 +4,7 @@ Shapes: B images or texts, S image side in pixels, Q queries, E width of the con
 """
 
 import contextlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,8 @@ from torch import Tensor
 from blip2_train.data.batch import tokenise
 from blip2_train.data.images import BadImage, load_rgb, to_rgb
 from blip2_train.data.language import LanguageTokenizer, decode, encode_prompts
-from blip2_train.data.text import clean_caption
+from blip2_train.data.question_batch import question_ids
+from blip2_train.data.text import clean_caption, clean_question
 from blip2_train.data.transforms import EvalTransform
 from blip2_train.errors import UserError
 from blip2_train.evaluation.retrieval import chunks
@@ -61,6 +62,11 @@ class Blip2:
     language: LanguageTokenizer | None
     dtype: torch.dtype
     path: Path
+
+    @property
+    def asks(self) -> bool:
+        """Whether the Q-Former reads questions, which it was then trained on (stage 2)."""
+        return self.kind == "stage2" and self.cfg["data"].get("text") == "questions"
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """Within, trained weights compute in `dtype`; for whoever calls `model` directly."""
@@ -157,11 +163,13 @@ class Blip2:
             UserError: an image cannot be read, or the model writes no captions, or not so.
         """
         self.needs("stage1", "stage2", loss="lm")
+        if self.asks:
+            raise UserError(f"{self.path} answers questions and writes no captions: see generate")
         search = {"num_beams": num_beams, "length_penalty": length_penalty, "top_p": top_p}
         if self.kind == "stage2":
             search |= {"max_new_tokens": max_new_tokens, "min_new_tokens": min_new_tokens}
             start = self.cfg["data"]["prompt"] if prompt is None else prompt
-            return self._continue(images, lambda count, _: [start] * count, search)
+            return self._continue(images, [start] * len(images), search)
         if prompt:
             raise UserError(
                 f"prompt={prompt!r}: a stage-1 model continues no prompt; take a stage-2 model"
@@ -189,6 +197,8 @@ class Blip2:
         images: Images,
         prompts: Sequence[str],
         *,
+        questions: Sequence[str] | None = None,
+        image_of: Sequence[int] | None = None,
         num_beams: int = 5,
         max_new_tokens: int = 10,
         min_new_tokens: int = 1,
@@ -200,6 +210,10 @@ class Blip2:
         Args:
             images: see `Images`.
             prompts: B texts, taken as they are.
+            questions: B texts for the Q-Former to read, cleaned as in training, where it was
+                trained with them (`asks`); None where it was not.
+            image_of: number of the image of each prompt, where some share one; None: each has its
+                own.
             num_beams: 1: greedy.
             max_new_tokens: of an answer, its end included.
             min_new_tokens: before the end may stand.
@@ -210,15 +224,24 @@ class Blip2:
             B texts, the prompts not in them.
 
         Raises:
-            UserError: there are not as many prompts as images, an image cannot be read, or the
-                model has no language model.
+            UserError: there are not as many prompts as images, or as questions, an image cannot be
+                read, the model has no language model, or questions are missing or not read.
         """
         self.needs("stage2")
         prompts = _list_of_texts(prompts)
-        _same_number(images, prompts, "prompts")
+        if image_of is None:
+            _same_number(images, prompts, "prompts")
+        if self.asks is (questions is None):
+            raise UserError(
+                f"the Q-Former of {self.path} reads questions: give questions="
+                if self.asks
+                else f"the Q-Former of {self.path} reads no questions: leave questions= out"
+            )
+        if questions is not None and len(_list_of_texts(questions)) != len(prompts):
+            raise UserError(f"{len(prompts)} prompts and {len(questions)} questions do not agree")
         return self._continue(
             images,
-            lambda count, start: prompts[start : start + count],
+            prompts,
             {
                 "num_beams": num_beams,
                 "max_new_tokens": max_new_tokens,
@@ -226,6 +249,8 @@ class Blip2:
                 "length_penalty": length_penalty,
                 "top_p": top_p,
             },
+            questions=questions,
+            image_of=image_of,
         )
 
     # -- parts, also for tasks -------------------------------------------------------------------
@@ -303,28 +328,50 @@ class Blip2:
     def _continue(
         self,
         images: Images,
-        prompts_of: Callable[[int, int], list[str]],
+        prompts: Sequence[str],
         search: Mapping[str, Any],
+        *,
+        questions: Sequence[str] | None = None,
+        image_of: Sequence[int] | None = None,
     ) -> list[str]:
-        """Text of the language model behind each image and its prompt (count, first number)."""
+        """Text of the language model behind each prompt and its image."""
         assert self.language is not None, "stage 2 has a language model"
         model, said = self.model, list[str]()
         lm = model.language_model
-        for pixels in self._pixels(images):
-            prompts = prompts_of(len(pixels), len(said))
-            ids, mask = encode_prompts(prompts, self.language, encoder=lm.is_encoder_decoder)
+        if not isinstance(images, Tensor):
+            images = _list_of_images(images)
+        image_of = list(range(len(prompts)) if image_of is None else image_of)
+        for part in chunks(len(prompts), IMAGES_AT_ONCE):
+            ids, mask = encode_prompts(prompts[part], self.language, encoder=lm.is_encoder_decoder)
             self._check_length(ids.shape[1], search["max_new_tokens"])
+            seen = sorted(set(image_of[part]))  # each once through the tower
+            rows = torch.tensor([seen.index(number) for number in image_of[part]])
+            if isinstance(images, Tensor):
+                pixels = self.read(images[torch.tensor(seen)])
+            else:
+                pixels = self.read([images[number] for number in seen])
+            question = None if questions is None else self._question(questions[part])
             with self.autocast():
+                tokens = model.vision(pixels.to(self.device))[rows.to(self.device)]
                 out = model.generate(
-                    model.qformer.project_image(model.vision(pixels)),
+                    model.qformer.project_image(tokens),
                     ids.to(self.device),
                     mask.to(self.device),
+                    question=question,
                     end_token_id=self.language.end_id,
                     pad_token_id=self.language.pad_id,
                     **search,
                 )
             said += decode(out, self.language)
         return said
+
+    def _question(self, questions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Ids and mask int64 [B, T] of questions as the Q-Former reads them, on the device."""
+        text, words = self.cfg["text"], self.cfg["data"]["max_words"]
+        cleaned = [clean_question(question, words) for question in questions]
+        longest, bucket = text["max_question_tokens"], text["bucket"]
+        ids, mask = question_ids(cleaned, self.tokenizer, longest, bucket)
+        return ids.to(self.device), mask.to(self.device)
 
     def _check_length(self, prompt: int, new: int) -> None:
         lm, queries = self.model.language_model, self.model.qformer.num_query_tokens

@@ -66,6 +66,8 @@ class CachedTower(Frozen):
         precision: in which the tower computed them, see `VisionTower`.
     """
 
+    trainable = False
+
     def __init__(
         self,
         name: str,

@@ -17,6 +17,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from blip2_train.errors import UserError
 from blip2_train.models.stage1 import unit
+from blip2_train.models.tower_training import checkpoint_gradients
 from blip2_train.models.vision import (
     create_tower,
     expected_input,
@@ -164,7 +165,7 @@ class ImageEncoder(nn.Module):
     @gradient_checkpointing.setter
     def gradient_checkpointing(self, on: bool) -> None:
         if on or getattr(self, "_gradient_checkpointing", False):
-            _checkpoint_gradients(self.name, self.tower, on)
+            checkpoint_gradients(self.name, self.tower, on, KEY)
         self._gradient_checkpointing = on
 
     @property
@@ -280,12 +281,3 @@ def _sincos_positions(name: str, tower: nn.Module) -> None:
     values = build_sincos2d_pos_embed(list(grid), table.shape[2], device=table.device)
     with torch.no_grad():
         table[0, -patches:] = SINCOS_SCALE * values
-
-
-def _checkpoint_gradients(name: str, tower: nn.Module, on: bool) -> None:
-    try:
-        tower.set_grad_checkpointing(on)  # type: ignore[operator]
-    except (AttributeError, AssertionError) as error:  # what timm says where it cannot
-        raise UserError(
-            f"{KEY}.gradient_checkpointing=true is not possible with {name}; set it to false"
-        ) from error

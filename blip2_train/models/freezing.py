@@ -8,21 +8,25 @@ import torch
 from torch import Tensor, nn
 
 
-class Frozen(nn.Module):
-    """Base of modules that never learn: no gradient, and eval mode whatever `.train()` says.
+class EvalOnly(nn.Module):
+    """Base of modules that always compute as in evaluation: eval mode whatever `.train()` says.
 
-    A frozen tower in training mode would drop paths and activations at random; Lightning and
-    every ordinary loop call `.train()` on the whole model.
+    A tower in training mode would drop paths and activations at random, and move its running
+    statistics; Lightning and every ordinary loop call `.train()` on the whole model.
     """
+
+    def train(self, mode: bool = True) -> Self:
+        """Stays in eval mode."""
+        return super().train(False)
+
+
+class Frozen(EvalOnly):
+    """Base of modules that never learn: no gradient, and eval mode."""
 
     def freeze(self) -> Self:
         """Turns gradients off and the eval mode on."""
         self.requires_grad_(False)
         return self.eval()
-
-    def train(self, mode: bool = True) -> Self:
-        """Stays in eval mode."""
-        return super().train(False)
 
 
 def freeze_unreached(model: nn.Module, loss: Callable[[], Tensor]) -> list[str]:
@@ -30,7 +34,8 @@ def freeze_unreached(model: nn.Module, loss: Callable[[], Tensor]) -> list[str]:
 
     DDP waits for a gradient of each trainable parameter; with a loss turned off some never get one
     (captioning alone leaves the last block's query feed-forward without). One backward of a tiny
-    batch finds them; gradients are cleared afterwards.
+    batch finds them; gradients are cleared afterwards. An image tower that is trained is left out
+    of it: it has frozen by itself what its features do not depend on.
 
     Args:
         model: the model; its `requires_grad` flags are changed.
@@ -41,7 +46,13 @@ def freeze_unreached(model: nn.Module, loss: Callable[[], Tensor]) -> list[str]:
     """
     model.zero_grad(set_to_none=True)
     loss().backward()
-    unreached = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    towers = [part for part in model.modules() if isinstance(part, EvalOnly)]
+    known = {parameter for tower in towers for parameter in tower.parameters()}
+    unreached = [
+        name
+        for name, p in model.named_parameters()
+        if p.requires_grad and p.grad is None and p not in known
+    ]
     for name, parameter in model.named_parameters():
         if name in unreached:
             parameter.requires_grad_(False)

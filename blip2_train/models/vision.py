@@ -1,4 +1,4 @@
-"""The frozen image tower: any timm model that gives a map or a sequence of features.
+"""The image tower, frozen or trained: any timm model that gives a map or a sequence of features.
 
 Shapes: B images, S image side in pixels, P image tokens, Dv tower width.
 
@@ -10,7 +10,7 @@ last feature map, one token per cell (CLIP ResNets: the map before attention poo
 
 import contextlib
 import difflib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +20,25 @@ from torch import Tensor, nn
 
 from blip2_train.errors import UserError
 from blip2_train.models import float8
-from blip2_train.models.freezing import Frozen, state_digest
+from blip2_train.models.freezing import EvalOnly, state_digest
+from blip2_train.models.tower_training import (
+    Features,
+    checkpoint_gradients,
+    freeze_unread,
+    reference_positions,
+    resized_positions,
+    without_values,
+)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 PRECISIONS = ("native", "float8")
 
 
-class VisionTower(Frozen):
-    """A timm model as a frozen source of image tokens.
+class VisionTower(EvalOnly):
+    """A timm model as a source of image tokens, frozen unless it is `trainable`.
+
+    Trained or not, it computes in eval mode: no dropout, no dropped paths, batch norms with the
+    statistics that they have.
 
     Args:
         name: timm model, with the tag of its weights ("eva_giant_patch14_clip_224.laion400m").
@@ -39,12 +50,17 @@ class VisionTower(Frozen):
         dtype: "float32" or "bfloat16", in which weights are stored and features are computed.
         precision: "native", which is `dtype`, or "float8": linear layers compute in float8 from
             `convert` on, features stay in `dtype`, which must be bfloat16.
-        seed: of the random weights: they are not in checkpoints, so each start draws them again.
+        trainable: it learns with the rest: weights in float32, computed in the precision of the
+            training (autocast), with a gradient, and stored in checkpoints.
+        gradient_checkpointing: of a trained tower: recompute blocks in the backward pass instead of
+            keeping their activations. Features and gradients stay the same.
+        seed: of the random weights: where frozen, they are not in checkpoints, so each start draws
+            them again.
         options: further arguments of the timm model, such as its depth.
 
     Raises:
-        UserError: the model or the weights cannot be had, there is no block to drop, or nothing
-            that float8 could compute.
+        UserError: the model or the weights cannot be had, there is no block to drop, nothing that
+            float8 could compute, or a trained tower is not in float32 or cannot recompute blocks.
     """
 
     def __init__(
@@ -56,14 +72,18 @@ class VisionTower(Frozen):
         drop_last_block: bool = True,
         dtype: str = "float32",
         precision: str = "native",
+        trainable: bool = False,
+        gradient_checkpointing: bool = False,
         seed: int = 0,
         options: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         _check_precision(precision, dtype)
+        _check_trainable(trainable, gradient_checkpointing, precision, dtype)
         self.name = name
         self.weights = weights
         self.precision = precision
+        self.trainable = trainable
         self.tower = create_tower(
             name,
             image_size=image_size,
@@ -80,30 +100,65 @@ class VisionTower(Frozen):
             )
         self._digest: str | None = None  # of the weights before `convert`
         self.tower.to(DTYPES[dtype])
-        self.freeze()
+        self.requires_grad_(trainable).eval()
         shape = feature_shape(image_tokens, self.tower, self.image_size, name=name)
         self.num_tokens, self.width = shape[1:]
+        if trainable:
+            freeze_unread(image_tokens, self.tower, self.image_size)
+        self.gradient_checkpointing = gradient_checkpointing
+
+    @property
+    def gradient_checkpointing(self) -> bool:
+        """Whether blocks are recomputed in the backward pass.
+
+        Raises:
+            UserError: it is set and the tower cannot.
+        """
+        return self._gradient_checkpointing
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, on: bool) -> None:
+        if on or getattr(self, "_gradient_checkpointing", False):
+            checkpoint_gradients(self.name, self.tower, on, "vision")
+        self._gradient_checkpointing = on
 
     @property
     def dtype(self) -> torch.dtype:
         """Of the features."""
         return next(self.tower.parameters()).dtype
 
-    @torch.no_grad()
     def forward(self, image: Tensor) -> Tensor:
-        """Image tokens, without gradient and outside autocast.
+        """Image tokens; of a frozen tower without gradient and outside autocast.
 
         Args:
             image: [B, 3, S, S], uint8 or already normalised float.
 
         Returns:
-            [B, P, Dv] in the tower's dtype, before `ln_vision`.
+            [B, P, Dv] before `ln_vision`, in the tower's dtype; of a trained tower under autocast
+            in what its last sum comes out in.
         """
         if image.dtype == torch.uint8:
             image = normalise(image, self.mean, self.std)
-        with torch.autocast(image.device.type, enabled=False):
-            return image_tokens(self.tower, image.to(self.dtype))
+        image = image.to(self.dtype)
+        if self.trainable:
+            return image_tokens(self.tower, image)
+        with torch.no_grad(), torch.autocast(image.device.type, enabled=False):
+            return image_tokens(self.tower, image)
 
+    def fitted(self, name: str, value: Tensor) -> Tensor:
+        """A weight of another such tower, its table of positions brought to this image size.
+
+        Args:
+            name: of the weight, as this module's `state_dict` has it.
+            value: of that tower.
+        """
+        own = self.state_dict().get(name)
+        is_table = name == "tower.pos_embed" and own is not None and own.ndim == value.ndim == 3
+        if not is_table or own.shape == value.shape:  # type: ignore[union-attr]
+            return value
+        return resized_positions(self.tower, value)
+
+    @torch.no_grad()
     def blank(self) -> Tensor:
         """Tokens [1, P, Dv] of the least informative image."""
         device = next(self.tower.parameters()).device
@@ -132,7 +187,7 @@ class VisionTower(Frozen):
     def digest(self) -> str:
         """SHA-256 of the tower's weights, be they converted since or not.
 
-        The identity that a checkpoint records in their place.
+        The identity that a checkpoint records in the place of frozen ones.
         """
         return self._digest or state_digest(self.tower.state_dict())
 
@@ -213,7 +268,7 @@ def create_tower(
     Raises:
         UserError: the model or some of its weights cannot be had, or there is no block to drop.
     """
-    with _recorded_missing_keys() as missing:
+    with _recorded_missing_keys() as missing, reference_positions():
         tower = _create(name, image_size, weights, seed, dict(options or {}), key)
     if drop_last_block:
         _drop_last_block(name, tower, key)
@@ -240,7 +295,7 @@ def expected_input(
 
 
 def feature_shape(
-    features: Callable[[nn.Module, Tensor], Tensor],
+    features: Features,
     tower: nn.Module,
     image_size: int,
     *,
@@ -250,8 +305,8 @@ def feature_shape(
     """Shape of one image's features, without computing them.
 
     Args:
-        features: of a tower and an image [1, 3, S, S] in the tower's dtype.
-        tower: in eval mode, as batch norms refuse to train on a single value.
+        features: see `without_values`, as the next two.
+        tower: in eval mode.
         image_size: side in pixels (S).
         name: of the model, for errors.
         key: configuration group that errors name.
@@ -259,23 +314,8 @@ def feature_shape(
     Raises:
         UserError: the model does not take images of this size.
     """
-    state = {
-        f"tower.{path}": torch.empty_like(value, device="meta")
-        for path, value in [*tower.named_parameters(), *tower.named_buffers()]
-    }
-
-    class Features(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.tower = tower
-
-        def forward(self, image: Tensor) -> Tensor:
-            return features(self.tower, image)
-
-    dtype = next(tower.parameters()).dtype
-    blank = torch.zeros(1, 3, image_size, image_size, dtype=dtype, device="meta")
     try:
-        return torch.func.functional_call(Features(), state, (blank,)).shape
+        return without_values(features, tower, image_size)[0].shape
     except AssertionError as error:  # timm's checks of the input's size
         raise UserError(f"{key}.image_size={image_size} does not suit {name}: {error}") from error
 
@@ -290,6 +330,21 @@ def _check_precision(precision: str, dtype: str) -> None:
                 "set vision.dtype=bfloat16"
             )
         float8.check_package()
+
+
+def _check_trainable(
+    trainable: bool, gradient_checkpointing: bool, precision: str, dtype: str
+) -> None:
+    if trainable and (dtype != "float32" or precision != "native"):
+        raise UserError(
+            "vision.trainable=true trains float32 weights, in the precision of the training: set "
+            f"vision.dtype=float32 and vision.precision=native, not {dtype} and {precision}"
+        )
+    if gradient_checkpointing and not trainable:
+        raise UserError(
+            "vision.gradient_checkpointing=true is for a tower that is trained: set "
+            "vision.trainable=true, or vision.gradient_checkpointing=false"
+        )
 
 
 def _create(

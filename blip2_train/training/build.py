@@ -11,6 +11,7 @@ from hydra.utils import instantiate
 from torch import nn
 
 from blip2_train.checkpoint.bert import init_from_bert, read_bert
+from blip2_train.checkpoint.initial import Account
 from blip2_train.data.features import CachedFeatures
 from blip2_train.data.text import load_text_tokenizer
 from blip2_train.errors import UserError
@@ -88,7 +89,7 @@ def initialise_qformer(qformer: QFormer, source: str) -> None:
 def build_vision(
     cfg: Mapping[str, Any], features: CachedFeatures | None, *, shapes_only: bool = False
 ) -> VisionTower | CachedTower:
-    """The frozen image tower, or what stands for it.
+    """The image tower, or what stands for it.
 
     Args:
         cfg: resolved configuration.
@@ -125,6 +126,22 @@ def build_vision(
             precision=vision.precision,
         )
     return vision
+
+
+def frozen_tower(vision: VisionTower | CachedTower) -> dict[str, dict[str, str]]:
+    """{"vision": its identity}; nothing of a tower that is trained, whose weights are stored."""
+    return {} if vision.trainable else {"vision": tower_identity(vision)}
+
+
+def log_account(source: str, account: Account) -> None:
+    """Logs what `init_from` did; warns where a tower was left behind, whose Q-Former was not."""
+    log.info("init_from=%s: %s", source, account)
+    if any(name.startswith("vision.") for name in account.dropped):
+        log.warning(
+            "init_from=%s holds an image tower, and its Q-Former may have been trained with it; "
+            "vision.trainable=false takes the tower of vision.weights in its place",
+            source,
+        )
 
 
 def tower_identity(vision: VisionTower | CachedTower) -> dict[str, str]:

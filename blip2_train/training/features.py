@@ -104,8 +104,14 @@ def write_features(
         compiled: compile the tower's blocks.
 
     Raises:
-        UserError: shards or the tower cannot be read, or there are features in another `store`.
+        UserError: shards or the tower cannot be read, the tower is to be trained, or there are
+            features in another `store`.
     """
+    if vision.get("trainable", False):
+        raise UserError(
+            "vision.trainable=true: the features of a tower that is trained change with every "
+            "step; set vision.trainable=false"
+        )
     shards = _shards(folder, splits)
     identity = tower_identity(vision)
     place = features_folder(folder, identity)

@@ -9,7 +9,7 @@ import torch
 import yaml
 
 from blip2_train.checkpoint import io
-from blip2_train.config import batch_plan, flatten, plan_batch
+from blip2_train.config import batch_plan, flatten, plan_batch, trains_tower
 from blip2_train.data.language import tokenizer_digest
 from blip2_train.data.stream import EvalStream
 from blip2_train.distributed import World
@@ -126,6 +126,8 @@ def build(
     Raises:
         UserError: the weights do not fit, or a frozen part is not the one of the training.
     """
+    if trains_tower(cfg):  # the checkpoint has its weights; those it began with may be gone
+        cfg = {**cfg, "vision": {**cfg["vision"], "weights": "random"}}
     stage = STAGES[cfg["stage"]](cfg)
     model = stage.build_model(device=device if device.type != "cpu" else None)
     _check_parts(stage, model, content, path)

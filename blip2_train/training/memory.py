@@ -34,8 +34,9 @@ CONTEXT = 1e9
 GAPS = 0.05
 COUNTED = 4  # samples whose arithmetic is counted
 
-# Parts of models with blocks that can be recomputed, named as their group of the configuration.
-CHECKPOINTED = ("qformer", "language_model", "image_encoder")
+# Parts of models with blocks that can be recomputed, named as their group of the configuration;
+# a frozen tower keeps nothing that could be.
+CHECKPOINTED = ("qformer", "language_model", "image_encoder", "vision")
 
 ALONE = BatchPlan(1, 1, 1, 1, 1)
 
@@ -51,7 +52,8 @@ class Memory:
         weights: of all parts, as they are stored.
         gradients: of trained weights; DDP's buckets are the gradients themselves.
         optimizer: AdamW's two moments.
-        tower: the most while the frozen tower runs: images, features, a block's intermediates.
+        tower: the most while the frozen tower runs: images, features, a block's intermediates; 0
+            of a tower that is trained, which is part of the rest.
         activations: at the most of the rest: what the backward pass needs, features, temporaries.
         logits: what is alive of logits over a vocabulary then.
         overlap: both phases count.
@@ -102,12 +104,12 @@ def made_up_loss(
     batch["tokens"] = [longest or module.usual_tokens] * plan.per_device
     moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
     del batch
-    with torch.cuda.stream(stream):
-        seen = module.see(moved)
-    if stream is not None:
-        torch.cuda.current_stream().wait_stream(stream)
     # it ends before the backward pass, and with it what it has cast of the weights
     with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16-mixed"):
+        with torch.cuda.stream(stream):
+            seen = module.see(moved)
+        if stream is not None:
+            torch.cuda.current_stream().wait_stream(stream)
         return module.step(seen, 0, 0, step_world(plan))["loss"]
 
 
@@ -168,7 +170,10 @@ class Sketch:
         )
 
     def flops(self) -> tuple[float, float]:
-        """Operations of one usual sample: of the frozen tower; of the rest, there and back."""
+        """Operations of one usual sample: of the frozen tower; of the rest, there and back.
+
+        A tower that is trained is part of the rest.
+        """
         plan = BatchPlan(COUNTED, 1, COUNTED, COUNTED, 1)
         with self._tracing(), FlopCounterMode(display=False) as counter:
             self._loss(plan, None).backward()
@@ -178,7 +183,7 @@ class Sketch:
 
     @functools.cached_property
     def _tower_flops(self) -> float:
-        tower = getattr(self.model, "vision", None)
+        tower = frozen_tower(self.model)
         if tower is None:
             return 0.0
         with self._tracing(), FlopCounterMode(display=False) as counter:
@@ -208,9 +213,23 @@ def recompute(model: Any, parts: tuple[str, ...]) -> None:
         model: of a stage; changed in place.
         parts: of `CHECKPOINTED`.
     """
-    for name in CHECKPOINTED:
-        if hasattr(model, name):
-            getattr(model, name).gradient_checkpointing = name in parts
+    for name in recomputable(model):
+        getattr(model, name).gradient_checkpointing = name in parts
+
+
+def recomputable(model: Any) -> list[str]:
+    """Those of `CHECKPOINTED` that a model has, and that keep anything for the backward pass."""
+    return [
+        name
+        for name in CHECKPOINTED
+        if hasattr(model, name) and (name != "vision" or model.vision.trainable)
+    ]
+
+
+def frozen_tower(model: Any) -> Any:
+    """The image tower where it is frozen, else None."""
+    tower = getattr(model, "vision", None)
+    return None if tower is None or tower.trainable else tower
 
 
 @contextlib.contextmanager
@@ -241,7 +260,7 @@ def _phase(model: Any, live: LiveBytes) -> Iterator[list[int]]:
         found[0] = max(found[0], live.peak.total())
         live.restart()
 
-    tower = getattr(model, "vision", None)
+    tower = frozen_tower(model)
     handle = None if tower is None else tower.register_forward_hook(ended)
     yield found
     if handle is not None:

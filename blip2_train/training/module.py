@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from blip2_train.config import BatchPlan
 from blip2_train.data.transforms import flip_images
 from blip2_train.distributed import World, current_world
-from blip2_train.models.freezing import Frozen
+from blip2_train.models.freezing import EvalOnly
 from blip2_train.seeding import stable_hash
 from blip2_train.training.meter import Level, Meter
 from blip2_train.training.optimizer import learning_rate, parameter_groups
@@ -29,7 +29,8 @@ class StageModule(pl.LightningModule, abc.ABC):
         meter: sums what `step` gives.
         batch: how the global batch is cut.
         seed: of dropout and of whatever a step draws.
-        optimizer: `lr`, `betas`, `eps`, `weight_decay`, `grad_clip` (largest norm or None).
+        optimizer: `lr`, `betas`, `eps`, `weight_decay`, `grad_clip` (largest norm or None),
+            `layer_decay` (see `parameter_groups`; none where it is missing).
         schedule: arguments of `learning_rate` but `step` and `lr`.
     """
 
@@ -58,11 +59,13 @@ class StageModule(pl.LightningModule, abc.ABC):
         self._ddp_params_and_buffers_to_ignore = [
             f"model.{name}.{own}"
             for name, part in model.named_modules()
-            if isinstance(part, Frozen)
-            for own, _ in [*part.named_parameters(), *part.named_buffers()]
+            if isinstance(part, EvalOnly)
+            for own, value in [*part.named_parameters(), *part.named_buffers()]
+            if not value.requires_grad
         ]
         # steps skipped for a non-finite gradient: in all, in a row now, in a row at most
         self.skips = torch.zeros(3, dtype=torch.int64)
+        self.is_rehearsing = False
 
     # -- what a stage fills in -------------------------------------------------------------------
 
@@ -90,14 +93,17 @@ class StageModule(pl.LightningModule, abc.ABC):
 
     @abc.abstractmethod
     def rehearsal_loss(self) -> Tensor:
-        """Loss of a tiny made-up batch on this process alone; it may leave out frozen parts."""
+        """Loss of a tiny made-up batch on this process alone.
+
+        It may leave out frozen parts and the image tower, see `freeze_unreached`.
+        """
 
     @abc.abstractmethod
     def levels(self, contrastive: float) -> dict[str, Level]:
         """What each loss is without learning and at best, with so many samples compared."""
 
     def image_tokens(self, image: Tensor) -> Tensor | None:
-        """Tokens [B, P, Dv] of the frozen tower, where there is one.
+        """Tokens [B, P, Dv] of the image tower, where there is one; with a gradient if it learns.
 
         Args:
             image: [B, ...], flipped, as the tower takes them.
@@ -142,7 +148,6 @@ class StageModule(pl.LightningModule, abc.ABC):
         apply_to_collection(batch, Tensor, lambda tensor: tensor.record_stream(current))
         return batch
 
-    @torch.no_grad()
     def see(self, batch: dict[str, Any]) -> dict[str, Any]:
         """A batch with its images flipped, or `image_tokens` in their place; once is enough.
 
@@ -160,7 +165,9 @@ class StageModule(pl.LightningModule, abc.ABC):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """AdamW on what is trained, fused on CPU and GPU alike."""
-        groups = parameter_groups(self.model, self.optimizer["weight_decay"])
+        groups = parameter_groups(
+            self.model, self.optimizer["weight_decay"], self.optimizer.get("layer_decay", 1.0)
+        )
         return torch.optim.AdamW(
             groups,
             lr=self.optimizer["lr"],
@@ -170,7 +177,7 @@ class StageModule(pl.LightningModule, abc.ABC):
         )
 
     def learning_rate(self, step: int) -> float:
-        """Of an optimizer step, counted from 0."""
+        """Of an optimizer step, counted from 0; groups take their `lr_scale` of it."""
         return learning_rate(step, lr=self.optimizer["lr"], **self.schedule)
 
     def configure_gradient_clipping(
@@ -194,10 +201,10 @@ class StageModule(pl.LightningModule, abc.ABC):
         self.grad_norm = norm.detach()
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Sets the step's learning rate before; the stage's `after_step` comes after."""
+        """Sets the groups' learning rates before; the stage's `after_step` comes after."""
         rate = self.learning_rate(self.trainer.global_step)
         for group in self.trainer.optimizers[0].param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["lr_scale"]
         super().optimizer_step(*args, **kwargs)
         with torch.no_grad():
             self.after_step()
@@ -216,7 +223,9 @@ class StageModule(pl.LightningModule, abc.ABC):
         ]
         for module in checkpointed:
             module.gradient_checkpointing = False
+        self.is_rehearsing = True
         yield
+        self.is_rehearsing = False
         for module in checkpointed:
             module.gradient_checkpointing = True
         for buffer, before in buffers:

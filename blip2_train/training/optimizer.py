@@ -4,25 +4,59 @@ import math
 
 from torch import nn
 
+from blip2_train.models.tower_training import layers_of
+from blip2_train.models.vision import VisionTower
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+
+def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float = 1.0) -> list[dict]:
     """Trainable parameters, with and without weight decay, as the reference splits them.
 
     No decay for parameters of exactly one dimension and for biases; so the word table, the query
     tokens (3-D) and the temperature (0-D) are decayed.
 
+    With `layer_decay` below 1 a trained image tower is split by its layers too: of L blocks, block
+    i (from 1) learns at layer_decay^(L + 1 - i) of the learning rate, embeddings as a block 0 and
+    a norm behind the blocks as the last block; all else at the whole rate.
+
     Args:
         model: frozen parameters in it are left out.
-        weight_decay: of the first group.
+        weight_decay: of the groups that have any.
+        layer_decay: in (0, 1]; 1: none.
+
+    Returns:
+        AdamW's groups; `lr_scale` is what the learning rate is multiplied with.
+
+    Raises:
+        UserError: timm does not know the layers of the tower.
     """
-    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    scales = _tower_scales(model, layer_decay) if layer_decay != 1 else {}
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {(1.0, True): [], (1.0, False): []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            groups[parameter.ndim != 1 and not name.endswith(".bias")].append(parameter)
+            decayed = parameter.ndim != 1 and not name.endswith(".bias")
+            groups.setdefault((scales.get(name, 1.0), decayed), []).append(parameter)
     return [
-        {"params": groups[True], "weight_decay": weight_decay},
-        {"params": groups[False], "weight_decay": 0.0},
+        {
+            "params": parameters,
+            "weight_decay": weight_decay if decayed else 0.0,
+            "lr_scale": scale,
+        }
+        for (scale, decayed), parameters in groups.items()
     ]
+
+
+def _tower_scales(model: nn.Module, layer_decay: float) -> dict[str, float]:
+    """{name of a parameter of a trained tower: share of the learning rate}."""
+    scales: dict[str, float] = {}
+    for path, vision in model.named_modules():
+        if isinstance(vision, VisionTower) and vision.trainable:
+            layers = layers_of(vision.name, vision.tower)
+            last = max(layers.values())
+            scales |= {
+                f"{path}.tower.{name}": layer_decay ** (last + 1 - layer)
+                for name, layer in layers.items()
+            }
+    return scales
 
 
 def learning_rate(

@@ -27,6 +27,7 @@ RESUME_FREE = (
     "qformer.init",
     "init",
     "language_model.gradient_checkpointing",
+    "vision.gradient_checkpointing",
     "image_encoder.gradient_checkpointing",
     "text.bucket",
     "text.parts",
@@ -61,10 +62,13 @@ ADDED = {
     "data.features": "computed",
     "data.text": "captions",
     "loss.itc.cache": False,
+    "optimizer.layer_decay": 1.0,
     "text.max_question_tokens": 32,
     "trainer.compile": None,
     "trainer.overlap": False,
     "vision.precision": "native",
+    "vision.trainable": False,
+    "vision.gradient_checkpointing": False,
 }
 # Never: another model, other data, other random numbers. That is another run.
 RESUME_REFUSED = (
@@ -99,6 +103,9 @@ def compare_for_resume(
         change = f"{key}: {before} -> {after}"
         if key.startswith("loss.weights.") and bool(before) != bool(after):
             problems.append(f"{change} (turning a loss on or off trains other weights)")
+            continue
+        if key == "optimizer.layer_decay" and 1 in (before, after):
+            problems.append(f"{change} (turning it on or off puts weights into other groups)")
             continue
         allowed = any(key == a or key.startswith(a + ".") for a in allow)
         where = key.startswith("data.sources.") and key.endswith(".shards")

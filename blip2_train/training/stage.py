@@ -8,13 +8,15 @@ from typing import Any
 
 import torch
 
-from blip2_train.config import BatchPlan
+from blip2_train.config import BatchPlan, trains_tower
 from blip2_train.data.batch import collate, collate_eval
 from blip2_train.data.features import CachedFeatures
 from blip2_train.data.stream import EvalStream
 from blip2_train.training.build import build_text_tokenizer
 from blip2_train.training.module import StageModule
 from blip2_train.training.validation import Evaluator
+
+TOWER = "vision."  # prefix of the image tower's parameters
 
 
 class Stage(abc.ABC):
@@ -35,6 +37,9 @@ class Stage(abc.ABC):
 
     def __init__(self, cfg: Mapping[str, Any]) -> None:
         self.cfg = cfg
+        if trains_tower(cfg):
+            kept = tuple(prefix for prefix in self.frozen_prefixes if prefix != TOWER)
+            self.frozen_prefixes = kept
 
     @abc.abstractmethod
     def tokenizers(self) -> dict[str, Any]:

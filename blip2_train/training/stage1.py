@@ -1,11 +1,13 @@
-"""Stage 1: frozen tower -> Q-Former -> contrast, matching, captioning (BLIP-2, section 3.2)."""
+"""Stage 1: image tower -> Q-Former -> contrast, matching, captioning (BLIP-2, section 3.2)."""
 
+import functools
 import logging
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from blip2_train import losses
 from blip2_train.checkpoint.initial import init_from
@@ -15,11 +17,12 @@ from blip2_train.distributed import World, current_world
 from blip2_train.models.stage1 import Blip2Stage1
 from blip2_train.training.build import (
     build_vision,
+    frozen_tower,
     initialise_qformer,
     instantiate_group,
+    log_account,
     made_up_text,
     seed_weights,
-    tower_identity,
 )
 from blip2_train.training.float8 import start_tower
 from blip2_train.training.meter import Level, Meter
@@ -68,8 +71,15 @@ class Stage1Module(StageModule):
         )
 
     def image_tokens(self, image: Tensor) -> Tensor:
-        """Of the frozen tower, in as many parts as activations are held in."""
-        tokens = [self.model.vision(part) for part in image.chunk(self.batch.parts)]
+        """In as many parts as activations are held in.
+
+        Of a tower that is trained nothing is kept but the tokens, as everywhere with
+        `loss.itc.cache`: in the backward pass each part is computed once more.
+        """
+        tower = self.model.vision
+        if tower.trainable and self.batch.parts > 1 and not self.is_rehearsing:
+            tower = functools.partial(checkpoint, tower, use_reentrant=False)
+        tokens = [tower(part) for part in image.chunk(self.batch.parts)]
         return torch.cat(tokens) if len(tokens) > 1 else tokens[0]  # cat would copy it
 
     def after_step(self) -> None:
@@ -133,13 +143,13 @@ class Stage1(BertTextStage):
         """From `init_from`, or as `qformer.init` says."""
         if self.cfg["init_from"] is not None:
             account = init_from(model, Path(self.cfg["init_from"]), self.frozen_prefixes)
-            log.info("init_from=%s: %s", self.cfg["init_from"], account)
+            log_account(self.cfg["init_from"], account)
         else:
             initialise_qformer(model.qformer, self.cfg["qformer"]["init"])
 
     def frozen_parts(self, model: Blip2Stage1) -> dict[str, dict[str, str]]:
-        """The image tower."""
-        return {"vision": tower_identity(model.vision)}
+        """The image tower, where it is frozen."""
+        return frozen_tower(model.vision)
 
     def start_frozen(self, model: Blip2Stage1, device: torch.device) -> None:
         """The image tower, where it computes in float8."""

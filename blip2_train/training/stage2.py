@@ -34,10 +34,11 @@ from blip2_train.models.stage2 import Blip2Stage2, Question, question_of
 from blip2_train.training.build import (
     build_text_tokenizer,
     build_vision,
+    frozen_tower,
     initialise_qformer,
     instantiate_group,
+    log_account,
     seed_weights,
-    tower_identity,
 )
 from blip2_train.training.float8 import start_tower
 from blip2_train.training.meter import Level, Meter
@@ -67,7 +68,7 @@ def stage2_step(
 
     Args:
         model: the stage-2 model.
-        image_embeds: [B, P, Dv] tokens of the frozen tower.
+        image_embeds: [B, P, Dv] tokens of the tower.
         batch: the text as `Blip2Stage2.text_loss_sum` takes it, or under `parts` such texts of
             some rows each, see `text_parts`; of questions also `question_ids` and `question_mask`.
         normalise: "global" or "rank", see `mean_losses`.
@@ -117,7 +118,7 @@ class Stage2Module(StageModule):
         return stage2_step(self.model, batch["image_tokens"], batch, self.normalise, world)
 
     def image_tokens(self, image: Tensor) -> Tensor:
-        """Of the frozen tower."""
+        """Of the tower."""
         return self.model.vision(image)
 
     def levels(self, contrastive: float) -> dict[str, Level]:
@@ -163,11 +164,13 @@ class Stage2(Stage):
     @property
     def asks(self) -> bool:
         """Whether questions are trained on, which the Q-Former reads."""
-        return self.cfg["data"]["text"] == "questions"
+        return self.cfg["data"].get("text") == "questions"  # a key that older checkpoints lack
 
     @functools.cached_property
-    def question_tokenizer(self) -> Any:
-        """The Q-Former's, of questions."""
+    def tokenizer(self) -> Any:
+        """The Q-Former's, of questions; None where it reads none."""
+        if not self.asks:
+            return None
         settings = {"tokenizer": self.cfg["text"]["tokenizer"]}
         return build_text_tokenizer({**settings, "vocab_size": self.cfg["model"]["vocab_size"]})
 
@@ -189,7 +192,7 @@ class Stage2(Stage):
 
     def tokenizers(self) -> dict[str, Any]:
         """The language model's, and the Q-Former's where it reads questions."""
-        own = {"tokenizer": self.question_tokenizer} if self.asks else {}
+        own = {"tokenizer": self.tokenizer} if self.asks else {}
         return {"language model's tokenizer": self.text, **own}
 
     def download(self) -> None:
@@ -210,7 +213,7 @@ class Stage2(Stage):
         del settings["init"]
         keep_text, words = self.cfg["model"]["keep_text"], self.cfg["model"]["vocab_size"]
         if self.asks and (words is None or not shapes_only):
-            words = len(self.question_tokenizer) - 1
+            words = len(self.tokenizer) - 1
         seed_weights(self.cfg["seed"])
         qformer = instantiate_group(
             "qformer",
@@ -269,7 +272,7 @@ class Stage2(Stage):
             account = init_from(
                 model, Path(self.cfg["init_from"]), self.frozen_prefixes, LEFT_BEHIND
             )
-            log.info("init_from=%s: %s", self.cfg["init_from"], account)
+            log_account(self.cfg["init_from"], account)
             lacking = [name for name in account.missing if name.startswith("qformer.")]
             text_side = [name for name in lacking if re.match(TEXT_SIDE, name)]
             if text_side and text_side == lacking:
@@ -313,9 +316,9 @@ class Stage2(Stage):
         )  # fmt: skip
 
     def frozen_parts(self, model: Blip2Stage2) -> dict[str, dict[str, str]]:
-        """Image tower and language model."""
+        """Language model, and image tower where it is frozen."""
         return {
-            "vision": tower_identity(model.vision),
+            **frozen_tower(model.vision),
             "language_model": model.language_model.identity(),
         }
 
@@ -346,7 +349,7 @@ class Stage2(Stage):
         """Puts evaluation batches together."""
         settings = self._text_settings()
         if self.asks:
-            put = functools.partial(collate_causal, **settings)
+            put: Any = functools.partial(collate_causal, **settings)
             if self.encoder_decoder:
                 put = functools.partial(collate_seq2seq, prefix="none", **settings)
             return functools.partial(
@@ -363,7 +366,7 @@ class Stage2(Stage):
         return functools.partial(
             collate_questions,
             collate=collate,
-            tokenizer=self.question_tokenizer,
+            tokenizer=self.tokenizer,
             max_question_tokens=self.cfg["text"]["max_question_tokens"],
             bucket=self.cfg["text"]["bucket"],
         )

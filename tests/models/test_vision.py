@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
 from torchvision.transforms import v2
 
@@ -157,9 +158,7 @@ def test_positions_are_interpolated(published: dict[str, torch.Tensor], tmp_path
     assert (vision.image_size, vision.num_tokens) == (224, 1 + 14 * 14)
     image = images(224)
     theirs = timm.create_model("test_vit", img_size=224, num_classes=0)
-    position = timm.layers.resample_abs_pos_embed(
-        published["pos_embed"], new_size=[14, 14], num_prefix_tokens=1
-    )
+    position = interpolated(published["pos_embed"], 14)
     state = {k: v for k, v in published.items() if not k.startswith("head.")}
     theirs.load_state_dict(state | {"pos_embed": position}, strict=True)
     theirs.eval().prune_intermediate_layers([4], prune_norm=True, prune_head=True)
@@ -170,6 +169,14 @@ def test_positions_are_interpolated(published: dict[str, torch.Tensor], tmp_path
     assert ours[0, 0].equal(small[0, 0])
     assert torch.cosine_similarity(ours[0, 1], small[0, 1], dim=0) > 0.9
     assert torch.cosine_similarity(ours[0, -1], small[0, -1], dim=0) > 0.9
+
+
+def interpolated(table: torch.Tensor, side: int) -> torch.Tensor:
+    """As the reference does it: bicubic, not aligned to corners, the class token's kept."""
+    before = round((table.shape[1] - 1) ** 0.5)
+    grid = table[:, 1:].unflatten(1, (before, before)).permute(0, 3, 1, 2)
+    grid = F.interpolate(grid, size=(side, side), mode="bicubic", align_corners=False)
+    return torch.cat([table[:, :1], grid.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)
 
 
 class Malicious:

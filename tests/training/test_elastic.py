@@ -18,7 +18,7 @@ import forked
 import pytest
 import torch
 from tiny import tiny_run
-from whole_runs import kill_in_the_middle, last_checkpoint, rows
+from whole_runs import kill_in_the_middle, largest_differences, last_checkpoint, rows
 
 from blip2_train.data.batch import collate_eval
 from blip2_train.data.source import open_source
@@ -32,7 +32,6 @@ STEPS = 30
 WORKERS = {1: 0, 2: 3, 3: 1, 4: 2}  # loader workers of each process, by the number of processes
 SIZES = {"synthetic": 108, "small": 24}
 SHARES = {"synthetic": 0.75, "small": 0.25}  # as the weights below say
-NOT_LEARNED = ".key.bias"  # no loss depends on it; AdamW turns the rounding of 0 into steps
 
 
 def overrides(shards: Path, runs: Path, name: str, processes: int, precision: str) -> list[str]:
@@ -73,30 +72,6 @@ def killed(shards: Path, runs: Path, precision: str, after: int) -> Path:
     train(shards, runs, after, precision, name)
     assert last_checkpoint(runs / name)["world_size"] == after
     return runs / name
-
-
-def largest_differences(ours: Path, theirs: Path) -> dict[str, float]:
-    """How far two runs are apart: in any loss of any step or validation, in any weight."""
-    found = {"losses": 0.0, "weights": 0.0, "weights not learned": 0.0}
-    for a, b in zip(rows(ours), rows(theirs), strict=True):
-        assert a.keys() == b.keys() and a["step"] == b["step"]
-        for name, value in b.items():
-            assert bool(a[name]) == bool(value), name
-            if name.startswith(("epochs/", "lr", "skipped")):
-                assert a[name] == value, name
-            elif name.startswith(("train/loss", "val/loss")) and value:
-                found["losses"] = max(found["losses"], abs(float(a[name]) - float(value)))
-    ends = last_checkpoint(ours), last_checkpoint(theirs)
-    assert ends[0]["step"] == ends[1]["step"] == STEPS
-    assert ends[0]["drawn"] == ends[1]["drawn"]
-    weights = [end["model"] for end in ends]
-    assert weights[0].keys() == weights[1].keys()
-    for name, value in weights[1].items():
-        kind = "weights not learned" if name.endswith(NOT_LEARNED) else "weights"
-        apart = (weights[0][name] - value).abs().max().item()
-        found[kind] = max(found[kind], apart)
-    print(f"{ours.name} and {theirs.name}:", {k: f"{v:.1e}" for k, v in found.items()})
-    return found
 
 
 def assert_same_in_double(ours: Path, theirs: Path) -> None:
