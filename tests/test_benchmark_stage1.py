@@ -147,6 +147,7 @@ def test_steps_fed_from_shards(
         (["qformer.hidden_siez=3"], "qformer.hidden_siez"),
         (["vision.name=no_such_tower"], "no_such_tower is not a timm model"),
         (["nonsense"], "nonsense"),
+        (["vision.trainable=true"], "set vision.trainable=false"),
     ],
 )
 def test_mistakes_are_one_sentence(

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from blip2_train.benchmarks.machine import processor, versions
-from blip2_train.config import to_plain
+from blip2_train.config import to_plain, trains_tower
 from blip2_train.errors import UserError
 from blip2_train.train import compose
 
@@ -54,7 +54,13 @@ class Preset:
             UserError: an impossible configuration.
         """
         words = [f"experiment={self.experiment}", *self.overrides, *overrides, *fixed]
-        return to_plain(compose(words))
+        cfg = to_plain(compose(words))
+        if trains_tower(cfg):
+            raise UserError(
+                "vision.trainable=true: steps are measured apart from those of a frozen tower; set "
+                "vision.trainable=false, or ask blip2-benchmark fit for memory and arithmetic"
+            )
+        return cfg
 
 
 def find_device(word: str) -> torch.device:

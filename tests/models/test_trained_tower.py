@@ -109,10 +109,10 @@ def test_the_gradient_is_the_derivative(stage: int) -> None:
     with torch.no_grad():
         for sign in (1, -2):  # to one side, then to the other
             for weight, direction in zip(weights, step, strict=True):
-                weight.add_(sign * 1e-6 * direction)
+                weight.add_(sign * 1e-7 * direction)
             values.append(loss().item())
     assert abs(float(slope)) > 1e-2
-    assert float(slope) == pytest.approx((values[0] - values[1]) / 2e-6, rel=1e-6)
+    assert float(slope) == pytest.approx((values[0] - values[1]) / 2e-7, rel=1e-6)
 
 
 def written_out(vision: VisionTower, image: Tensor) -> Tensor:
