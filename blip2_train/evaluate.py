@@ -113,6 +113,7 @@ def evaluate(cfg: Mapping[str, Any], started: Launch) -> Path:
     from blip2_train.training import loading
     from blip2_train.training.build import instantiate_group
     from blip2_train.training.devices import check_devices, cluster_environment, use_cuda
+    from blip2_train.training.fit import load_checkpoint
     from blip2_train.training.lock import RunLock
 
     cuda = use_cuda(cfg["accelerator"], "accelerator")
@@ -132,7 +133,7 @@ def evaluate(cfg: Mapping[str, Any], started: Launch) -> Path:
     source = on_every_rank(functools.partial(_open_source, cfg), world)
     first = world.rank == 0
     path = on_rank_zero(functools.partial(loading.find, cfg["ckpt"]) if first else None, world)
-    content = on_every_rank(functools.partial(io.load, path), world)
+    content = load_checkpoint(path, world)
     content.pop("optimizer", None)  # twice the size of the model
     folder = results_folder(cfg, path, content["step"])
     identity = {

@@ -23,7 +23,8 @@ def test_the_wheel_holds_every_configuration_file(tmp_path: Path) -> None:
 
 
 DOCUMENTS = [
-    "README.md", "CONTRIBUTING.md", *(f"launch/{p.name}" for p in (ROOT / "launch").glob("*.md")),
+    "README.md", "CONTRIBUTING.md", "docs/evaluation.md",
+    *(f"launch/{p.name}" for p in (ROOT / "launch").glob("*.md")),
 ]  # fmt: skip
 
 

@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 
+from blip2_train import signals
 from blip2_train.data.batch import EvalSample
 from blip2_train.data.stream import EvalStream
-from blip2_train.distributed import on_rank_zero
+from blip2_train.distributed import gather_objects, on_rank_zero
 from blip2_train.errors import UserError
 from blip2_train.evaluation.caption_metrics import CaptionScores, check_installed, score_captions
 from blip2_train.evaluation.inference import Blip2
@@ -137,6 +138,12 @@ class CaptionTask(Task):
                 (lambda: _score([found[n] for n in judged])) if work.world.rank == 0 else None,
                 work.world,
             )
+            # Slurm signals the programs of Java, too: a metric may be missing for no other reason
+            stopped = [
+                number for number in gather_objects(signals.received(), work.world) if number
+            ]
+            if stopped:
+                raise signals.Stopped(stopped[0])
         elif not judged:
             scores.notes["metrics"] = NO_REFERENCES
         else:

@@ -8,7 +8,7 @@ import hashlib
 import json
 import logging
 import pickle
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,14 @@ from tqdm import tqdm
 from blip2_train import signals
 from blip2_train.checkpoint import io
 from blip2_train.data.atomic import TEMP_SUFFIX
+from blip2_train.data.shards import ShardError
 from blip2_train.distributed import (
     World,
     barrier,
     gather_objects,
     on_rank_zero,
 )
-from blip2_train.errors import UserError
+from blip2_train.errors import RankError, UserError
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +81,8 @@ class Work:
             The result of each batch in order, the same on every rank.
 
         Raises:
-            UserError: on every rank, where one of them met it or cannot write its parts.
+            UserError: on every rank, where one of them met it or cannot write its parts; RankError,
+                where one of them cannot read its items.
             Stopped: on every rank, where one of them has noted a signal.
         """
         assert name not in self._names, f"two steps are called {name}"
@@ -97,17 +99,17 @@ class Work:
                 "%s: %d of %d parts were there", name, len(numbers) - len(missing), len(numbers)
             )
         own = missing[self.world.rank :: self.world.size]
-        problem: str | None = None
+        problem: UserError | None = None
         written: dict[int, str] = {}
+        batches = [range(n * batch_size, min((n + 1) * batch_size, count)) for n in own]
+        shown = tqdm(
+            zip(own, self._read(items, batches), strict=True),
+            desc=name,
+            total=len(own),
+            unit="batch",
+            disable=None if self.world.rank == 0 else True,  # None: shown on a terminal
+        )
         try:
-            batches = [range(n * batch_size, min((n + 1) * batch_size, count)) for n in own]
-            shown = tqdm(
-                zip(own, self._loader(items, batches), strict=True),
-                desc=name,
-                total=len(own),
-                unit="batch",
-                disable=None if self.world.rank == 0 else True,
-            )
             with torch.no_grad():
                 for number, batch in shown:
                     if signals.received():
@@ -115,13 +117,13 @@ class Work:
                     self._save(name, number, mark, function(batch))
                     written[number] = io.identity(self._path(name, number))
         except UserError as error:
-            problem = str(error)
+            problem = error
         stopped = 0
         everyones = gather_objects((problem, written, signals.received()), self.world)
         for rank, (found, parts, number) in enumerate(everyones):
             stopped = stopped or number
             if found is not None:
-                raise UserError(found if rank == 0 else f"{found} (so says rank {rank})")
+                raise type(found)(str(found) if rank == 0 else f"{found} (so says rank {rank})")
             for part, wanted in parts.items():
                 io.wait_for(self._path(name, part), wanted, PATIENCE)
         if stopped:
@@ -156,14 +158,29 @@ class Work:
     def _path(self, name: str, number: int) -> Path:
         return self.folder / f"{name}-{number:06d}.pt"
 
-    def _loader(self, items: Any, batches: list[range]) -> DataLoader:
-        return DataLoader(
-            items,
-            batch_sampler=[list(batch) for batch in batches],
-            collate_fn=_as_it_is,
-            num_workers=min(self.num_workers, len(batches)),
-            worker_init_fn=_start_loader_process,
+    def _read(self, items: Any, batches: list[range]) -> Iterator[list[Any]]:
+        """The items of each batch, read by loader processes.
+
+        Raises:
+            RankError: the data cannot be read.
+        """
+        loader = iter(
+            DataLoader(
+                items,
+                batch_sampler=[list(batch) for batch in batches],
+                collate_fn=_as_it_is,
+                num_workers=min(self.num_workers, len(batches)),
+                worker_init_fn=_start_loader_process,
+            )
         )
+        for _ in batches:
+            try:
+                batch = next(loader)
+            except (OSError, ShardError) as error:
+                # where a loader process raised it, the message is a whole traceback
+                reason = str(error).strip().splitlines()[-1]
+                raise RankError(f"the data cannot be read: {reason}") from error
+            yield batch
 
     def _save(self, name: str, number: int, mark: str, result: Any) -> None:
         path = self._path(name, number)

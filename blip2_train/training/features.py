@@ -169,7 +169,7 @@ class ShardImages(Dataset[list[Tensor | str]]):
     def __init__(self, shards: list[StoredShard], image_size: int, batch: int) -> None:
         self.shards = shards
         self.transform = EvalTransform(image_size)
-        self.pool = ShardPool(Reading())
+        self.pool = ShardPool(Reading(need_captions=False))  # there may be questions
         self.places: list[Place] = [
             (number, start, min(start + batch, shard.samples))
             for number, shard in enumerate(shards)

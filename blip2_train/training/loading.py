@@ -30,10 +30,12 @@ KINDS = ("stage1", "stage2", "clip")
 
 
 def find(path_or_run: str | Path) -> Path:
-    """The checkpoint that is meant: the file itself, or the newest undamaged one of a run's folder.
+    """The checkpoint that is meant: the file itself, or the newest one of a run's folder.
+
+    All of it is read once, so that a damaged one is known.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or it is damaged.
     """
     path = Path(path_or_run)
     if path.is_dir():
@@ -44,6 +46,8 @@ def find(path_or_run: str | Path) -> Path:
         return found
     if not path.is_file():
         raise UserError(f"there is no checkpoint and no run {path}; give the path of one of them")
+    if reason := io.damage(path):
+        raise UserError(f"checkpoint {path} is damaged ({reason}); give another one")
     return path
 
 
@@ -57,9 +61,8 @@ def load(
 ) -> Blip2:
     """A trained model to use: see `blip2_train.load`, which this is."""
     path = find(path_or_run)
-    return from_checkpoint(
-        path, io.load(path), device, dtype=dtype, int8=int8, changes=changes or {}
-    )
+    content = io.load(path, checked=True)
+    return from_checkpoint(path, content, device, dtype=dtype, int8=int8, changes=changes or {})
 
 
 def from_checkpoint(
@@ -179,7 +182,7 @@ def load_run(folder: Path, changes: Mapping[str, Any] | None = None) -> tuple[St
         UserError: the folder holds no run, or no checkpoint that can be read.
     """
     path = find(folder)
-    content = io.load(path)
+    content = io.load(path, checked=True)
     cfg = _config(content, path)
     cfg["validation"] |= changes or {}
     return build(path, content, cfg, torch.device("cpu"))

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from blip2_train import losses
-from blip2_train.checkpoint.initial import init_from, read_weights
+from blip2_train.checkpoint.initial import init_from
 from blip2_train.config import BatchPlan
 from blip2_train.data.language import (
     LanguageTokenizer,
@@ -30,6 +30,7 @@ from blip2_train.data.stream import EvalStream
 from blip2_train.distributed import World
 from blip2_train.errors import UserError
 from blip2_train.models import language
+from blip2_train.models.qformer import QFormer
 from blip2_train.models.stage2 import Blip2Stage2, Question, question_of
 from blip2_train.training.build import (
     build_text_tokenizer,
@@ -276,7 +277,7 @@ class Stage2(Stage):
             lacking = [name for name in account.missing if name.startswith("qformer.")]
             text_side = [name for name in lacking if re.match(TEXT_SIDE, name)]
             if text_side and text_side == lacking:
-                self._take_text_side(model, text_side)
+                self._take_text_side(model)
             elif lacking:
                 raise UserError(
                     f"init_from={self.cfg['init_from']} lacks {len(lacking)} weights of the "
@@ -287,7 +288,7 @@ class Stage2(Stage):
         else:
             initialise_qformer(model.qformer, "random")
 
-    def _take_text_side(self, model: Blip2Stage2, lacking: list[str]) -> None:
+    def _take_text_side(self, model: Blip2Stage2) -> None:
         """What a checkpoint of stage 2 lacks, from one of stage 1."""
         source = self.cfg["init_text_from"]
         if source is None:
@@ -296,24 +297,15 @@ class Stage2(Stage):
                 "model.keep_text=true wants: give a checkpoint of stage 1, or beside one of stage "
                 "2 also init_text_from=PATH of the stage 1 that it began with"
             )
-        weights, _, _ = read_weights(Path(source))
-        if missing := [name for name in lacking if name not in weights]:
+        try:
+            account = init_from(TextSide(model.qformer), Path(source), (), {"": "not text"})
+        except UserError as error:
+            raise UserError(str(error).replace("init_from=", "init_text_from=")) from None
+        log.info("init_text_from=%s: %s", source, account)
+        if account.missing:
             raise UserError(
-                f"init_text_from={source} has no {missing[0]}; give a checkpoint of stage 1"
+                f"init_text_from={source} has no {account.missing[0]}; give a checkpoint of stage 1"
             )
-        own = model.state_dict()
-        for name in lacking:
-            if own[name].shape != weights[name].shape:
-                raise UserError(
-                    f"init_text_from={source}: {name} is {tuple(weights[name].shape)}, the model's "
-                    f"is {tuple(own[name].shape)}; it was trained with another architecture"
-                )
-        model.load_state_dict({name: weights[name] for name in lacking}, strict=False)
-        log.info(
-            "init_text_from=%s: %d weights of the Q-Former's text side loaded, %d others left "
-            "there, as init_from has them",
-            source, len(lacking), len(weights) - len(lacking),
-        )  # fmt: skip
 
     def frozen_parts(self, model: Blip2Stage2) -> dict[str, dict[str, str]]:
         """Language model, and image tower where it is frozen."""
@@ -389,6 +381,19 @@ class Stage2(Stage):
             "prompt": self.cfg["data"]["prompt"],
             "bucket": self.cfg["text"]["bucket"],
         }
+
+
+class TextSide(nn.Module):
+    """The parts of a Q-Former that read and write text, under the names that they have there."""
+
+    def __init__(self, qformer: QFormer) -> None:
+        super().__init__()
+        self.qformer = nn.Module()
+        for name in ("word_embeddings", "position_embeddings", "lm_head"):
+            self.qformer.add_module(name, getattr(qformer, name))
+        layers: Any = qformer.layers
+        parts = [nn.ModuleDict({"text_ffn": layer.text_ffn}) for layer in layers]
+        self.qformer.add_module("layers", nn.ModuleList(parts))
 
 
 def made_up_question(samples: int, length: int) -> Question:

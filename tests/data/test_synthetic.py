@@ -195,3 +195,29 @@ def test_texts_tell_of_all_scenes_and_show_none() -> None:
     assert sorted(tuple(item.payload["scene"]) for item in items) == sorted(ONE.scenes)
     pictures = {make_scene(item, size=16, quality=95)[0] for item in items[:20]}
     assert len(pictures) == 1
+
+
+@BOTH
+def test_questions_are_answered_by_the_scene(world: World) -> None:
+    """Each names what it does not ask for, or nothing; without the flag there are none."""
+    items = list(synthetic_items(world, 20, 0, 10, questions=True))
+    plain = list(synthetic_items(world, 20, 0, 10))
+    assert all("questions" not in item.payload for _, item in plain)
+    ids = set()
+    for (split, item), (_, same) in zip(items, plain, strict=True):
+        asked = item.payload.pop("questions", [])
+        assert item == same  # pictures and captions stay what they were
+        assert len(asked) == (0 if split == "text" else len(world.questions))
+        scene = item.payload["scene"]
+        for one in asked:
+            attribute = one["question_type"]
+            assert one["answers"] == [world.value(scene, attribute)] * 10
+            assert "{" not in one["question"] and one["question"].endswith("?")
+            ids.add(one["question_id"])
+    assert len(ids) == len(world.questions) * sum(split != "text" for split, _ in items)
+    assert (
+        "questions"
+        in make_scene(
+            next(synthetic_items(world, 1, 0, 10, questions=True))[1], size=16, quality=90
+        )[1]
+    )

@@ -19,11 +19,12 @@ from forked import Forked
 from splits import make_split, open_split
 
 import blip2_train
+from blip2_train import signals
 from blip2_train.data.pool import Reading
 from blip2_train.data.transforms import EvalTransform
 from blip2_train.errors import UserError
 from blip2_train.evaluate import compose, run
-from blip2_train.evaluation import java
+from blip2_train.evaluation import caption_task, java
 from blip2_train.evaluation.caption_metrics import score_captions
 from blip2_train.evaluation.caption_task import MAX_REFERENCE, CaptionTask, official_id
 from blip2_train.evaluation.inference import Blip2
@@ -166,7 +167,7 @@ def test_settings_reach_the_search(finished: Path, untidy: Path, tmp_path: Path)
     task = instantiate_group("task", compose(words("stage2", "x", "y"))["task"])
     images = open_split(untidy, EvalTransform(32), extra=task.extra, reading=need_no_captions())
     task.run(stage2, images, Work(tmp_path / "2", {}))
-    assert calls[0] == {  # those of the paper
+    assert calls[0] == {  # those of the published numbers
         "prompt": "a photo of", "num_beams": 5, "max_new_tokens": 30, "min_new_tokens": 8,
         "length_penalty": 1.0,
     }  # fmt: skip
@@ -198,6 +199,21 @@ def test_without_the_package(
     outcome = evaluated(blip2, untidy, tmp_path, metrics=False)
     assert outcome.metrics == {} and len(outcome.files["captions_test_own_results.json"]) == 6
     assert outcome.notes["metrics"] == "task.metrics=false: only captions were made"
+
+
+def test_a_signal_while_captions_are_scored(
+    blip2: Blip2, untidy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may have ended the programs that score: nothing is taken, and the captions stay."""
+
+    def score(*given: Any) -> Any:
+        monkeypatch.setattr(signals, "received", lambda: 15)
+        return score_captions(*given)
+
+    monkeypatch.setattr(caption_task, "score_captions", score)
+    with pytest.raises(signals.Stopped) as stopped:
+        evaluated(blip2, untidy, tmp_path)
+    assert stopped.value.number == 15 and len(list(tmp_path.glob("captions-*.pt"))) == 3
 
 
 def test_one_image_and_none(blip2: Blip2, shards: Path, tmp_path: Path) -> None:

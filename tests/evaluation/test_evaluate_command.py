@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from forked import Forked
+from splits import make_split
 
 from blip2_train.config import conf_dir
 from blip2_train.evaluate import compose, run
@@ -247,6 +249,35 @@ def test_what_must_be_given(
     assert f"{missing}=" in said
 
 
+def test_files_that_are_no_checkpoints(
+    shards: Path, finished: Path, tmp_path: Path, capsys: Any
+) -> None:
+    (good,) = (finished / "clip" / "checkpoints").glob("*.ckpt")
+    data = bytearray(good.read_bytes())
+    data[len(data) // 2] ^= 255
+    cases = {
+        "damaged": (bytes(data), "is damaged"),
+        "cut": (good.read_bytes()[:5000], "is damaged"),
+        "text": (b"a text", "is damaged"),
+        "empty": (b"", "is damaged"),
+    }
+    for name, (content, message) in cases.items():
+        path = tmp_path / f"{name}.ckpt"
+        path.write_bytes(content)
+        assert message in refused(words(shards, path, tmp_path / "out"), capsys)
+    torch.save({"model": {}, "by": Bad()}, tmp_path / "pickle.ckpt")
+    said = refused(words(shards, tmp_path / "pickle.ckpt", tmp_path / "out"), capsys)
+    assert "more than tensors and plain values" in said
+    torch.save({"model": {}}, tmp_path / "other.ckpt")
+    said = refused(words(shards, tmp_path / "other.ckpt", tmp_path / "out"), capsys)
+    assert "is not a checkpoint of blip2-train" in said
+
+
+class Bad:
+    def __reduce__(self) -> Any:
+        return os.system, ("false",)
+
+
 def test_another_kind_and_a_task_that_fails(
     shards: Path, finished: Path, tmp_path: Path, conf: str, capsys: Any
 ) -> None:
@@ -256,6 +287,25 @@ def test_another_kind_and_a_task_that_fails(
     assert refused(given, capsys) == "error: no luck\n"
     said = evaluating(given, 2).finish(2)
     assert "error: no luck" in said and "Traceback" not in said
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_shard_that_is_damaged(
+    shards: Path, finished: Path, tmp_path: Path, processes: int
+) -> None:
+    split = make_split(shards, tmp_path / "s", [None] * 8)
+    tar = split / "test-000001.tar"
+    data = bytearray(tar.read_bytes())
+    data[:200] = b"x" * 200  # the first header
+    tar.write_bytes(bytes(data))
+    given = words(split, finished / "clip", tmp_path / "out", split="test", batch_size=2)
+    said = evaluating(given, processes).finish(3)
+    assert "error: the data cannot be read: " in said and "Traceback" not in said
+    skipping = [*given, "data.on_bad_shard=skip"]
+    evaluating(skipping, processes).finish()
+    assert metrics(tmp_path / "out")["counts"] == {
+        "images": 7, "captions": 35, "skipped": 1, "repeated images": 0,
+    }  # fmt: skip
 
 
 def test_other_files_are_no_results(

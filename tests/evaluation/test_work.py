@@ -15,7 +15,7 @@ from ranks import run_ranks
 from whole_runs import children_of
 
 from blip2_train.distributed import current_world
-from blip2_train.errors import UserError
+from blip2_train.errors import RankError, UserError
 from blip2_train.evaluation.work import Work
 
 ITEMS = [f"{n} ä" for n in range(11)]
@@ -160,6 +160,24 @@ def failing(folder: str) -> str:
 
 def test_a_mistake_on_one_rank_is_raised_on_all(tmp_path: Path) -> None:
     assert run_ranks(failing, 2, str(tmp_path)) == ["the second one cannot (so says rank 1)"] * 2
+
+
+class Unreadable:
+    def __len__(self) -> int:
+        return 6
+
+    def __getitem__(self, n: int) -> int:
+        if n == 3:
+            raise OSError(5, "Input/output error")
+        return n
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_items_that_cannot_be_read(tmp_path: Path, num_workers: int) -> None:
+    work = Work(tmp_path, {}, num_workers=num_workers)
+    with pytest.raises(RankError, match=r"^the data cannot be read: .*Input/output error$"):
+        work.map("step", Unreadable(), 1, list)
+    assert len(list(tmp_path.iterdir())) >= 3  # the others are kept
 
 
 def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:

@@ -16,6 +16,8 @@ from forked import train
 from tiny import tiny_run, tiny_stage_runs, train_in_process
 from whole_runs import assert_same_end, kill_in_the_middle, last_checkpoint, rows
 
+from blip2_train.prepare import main as prepare
+
 T5 = (
     "{model_type: t5, d_model: 32, d_kv: 16, d_ff: 64, num_layers: 2, num_heads: 2, "
     "feed_forward_proj: gated-gelu, tie_word_embeddings: false}"
@@ -102,6 +104,24 @@ def test_an_encoder_decoder_answers(asked: Path, tmp_path: Path) -> None:
     assert len(losses) == 2 and losses[1] < losses[0]
 
 
+def test_images_with_questions_alone_have_cached_features(asked: Path, tmp_path: Path) -> None:
+    """As with the tower, which is frozen then."""
+    only = without_captions(asked, tmp_path / "only")
+    frozen = {
+        "vision.trainable": "false", "optimizer.layer_decay": 1, "validation.every": "null",
+        "data.crop_scale": "null", "data.flip": 0, "data.decode": "exact", "trainer.max_steps": 4,
+    }  # fmt: skip
+    folder = asked / "tokenizer"
+    for name, features in (("computed", "computed"), ("cached", "cached")):
+        words = vqa_run(only, tmp_path, name, **frozen, **{"data.features": features})
+        words = [word for word in words if "tokenizer=" not in word]
+        words += [f"{group}.tokenizer={folder}" for group in ("text", "language_model")]
+        if name == "cached":
+            assert prepare(["features", str(only), *words, "--workers", "1"]) == 0
+        assert train_in_process(words) == 0
+    assert_same_end(tmp_path / "cached", tmp_path / "computed")
+
+
 # -- where it begins -------------------------------------------------------------------------------
 
 
@@ -153,7 +173,7 @@ def test_stage_2_takes_the_text_side_of_stage_1(
     still = {"optimizer.lr": 0, "schedule.min_lr": 0, "schedule.warmup_lr": 0}
     both = {"init_from": stage2, "init_text_from": stage1}
     assert begin(asked, tmp_path, "vqa", **both, **still) == 0
-    assert "weights of the Q-Former's text side loaded" in caplog.text
+    assert f"init_text_from={stage1}: " in caplog.text and "(not text)" in caplog.text
     ours = weights(tmp_path / "vqa")
     first, second = (torch.load(path, weights_only=True)["model"] for path in (stage1, stage2))
     for name, value in ours.items():
@@ -161,7 +181,7 @@ def test_stage_2_takes_the_text_side_of_stage_1(
             assert value.equal(second[name] if name in second else first[name]), name
     assert not first["qformer.query_tokens"].equal(second["qformer.query_tokens"])
     assert begin(asked, tmp_path, "twice", init_from=stage2, init_text_from=stage2) == 2
-    assert "has no qformer." in capsys.readouterr().err
+    assert f"init_text_from={stage2} has no weight" in capsys.readouterr().err
     wide = {**both, "qformer.max_positions": 72}
     assert begin(asked, tmp_path, "wide", **wide) == 2
     assert "another architecture" in capsys.readouterr().err
