@@ -6,7 +6,10 @@ import pytest
 import torch
 from parity.reference import assert_close, build_stage1, load_case, section
 
-from blip2_train.evaluation.retrieval import pairs_to_match, recalls, rerank
+from blip2_train.evaluation.matching import Pairs
+from blip2_train.evaluation.ranking import contrast
+from blip2_train.evaluation.retrieval import pairs_to_match, recalls, recalls_of_ranks, rerank
+from blip2_train.evaluation.retrieval_task import rerank as rerank_lists
 from blip2_train.evaluation.stage1 import match_captions
 from blip2_train.losses import max_similarity
 
@@ -49,6 +52,19 @@ def test_retrieval(oracle: Path) -> None:
         if complete and k < len(ids):
             names = ("txt_r1", "txt_r5", "img_r1", "img_r5", "img_r10")
         assert_recalls(recalls(i2t, t2i, caption_image), metrics, names)
+        # the same without whole matrices, as blip2-evaluate does it
+        found = contrast(image_feats, text_feat, caption_image, k=k)
+        got = recalls_of_ranks(found.rank_i2t, found.rank_t2i)
+        assert_recalls(got, info["metrics"]["itc_only"], ("txt_r1", "img_r1", "r_mean"))
+        pairs = Pairs(found.captions, found.images)
+        logits = match[pairs.image, pairs.caption]
+        rank_i2t, rank_t2i, captions, images = rerank_lists(
+            pairs, logits, found.captions, found.images, caption_image
+        )
+        assert_recalls(recalls_of_ranks(rank_i2t, rank_t2i), metrics, names)
+        for listed, scores in ((captions, i2t), (images, t2i)):
+            assert_close(listed.score, scores.gather(1, listed.index), 2e-5, "listed scores")
+            assert listed.index.shape[1] == min(k, scores.shape[1])
         outside = ~pairs_to_match(sims, k)
         assert (i2t[outside] == -100).all() and (t2i.T[outside] == -100).all()
 
