@@ -20,6 +20,12 @@ from blip2_train.training.meter import Level
 from blip2_train.training.stage import Stage
 from blip2_train.training.validation import Evaluator, Findings
 
+# Keys that may name a file or folder.
+PLACES = [
+    ("vision", "weights"), ("text", "tokenizer"), ("language_model", "name"),
+    ("language_model", "tokenizer"),
+]  # fmt: skip
+
 
 def load_run(folder: Path, changes: Mapping[str, Any] | None = None) -> tuple[Stage, Any]:
     """The stage and the model of a run, with the weights of its newest checkpoint.
@@ -38,6 +44,7 @@ def load_run(folder: Path, changes: Mapping[str, Any] | None = None) -> tuple[St
     if path is None:
         raise UserError(f"{folder} holds no run with a checkpoint; train it first")
     cfg = yaml.safe_load((folder / "config.yaml").read_text())
+    relocate(cfg, folder)
     cfg["validation"] |= changes or {}
     stage = STAGES[cfg["stage"]](cfg)
     model = stage.build_model()
@@ -84,3 +91,21 @@ def loss_levels(stage: Stage, model: Any) -> dict[str, Level]:
     """
     batch = batch_plan(stage.cfg, 1)
     return stage.build_module(model, batch).levels(batch.contrastive)
+
+
+def relocate(cfg: dict[str, Any], folder: Path) -> None:
+    """Finds the files of a run again that was moved with its folder.
+
+    Of `vision.weights`, the tokenizer and the language model, what is named by a path where nothing
+    is any more, and stands in the folder under its last name, is taken from there.
+
+    Args:
+        cfg: of the run, changed in place.
+        folder: of the run.
+    """
+    for group, key in PLACES:
+        place = cfg.get(group, {}).get(key)
+        if isinstance(place, str) and "/" in place and not Path(place).exists():
+            moved = folder / Path(place).name
+            if moved.exists():
+                cfg[group][key] = str(moved)
