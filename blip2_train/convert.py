@@ -36,7 +36,7 @@ KINDS = ("blip2-train", "lavis", "hf")
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code (2 for a mistake of the user)."""
-    args = _parser().parse_args(argv)
+    args = _parser().parse_intermixed_args(argv)
     logging.basicConfig(format="%(message)s", stream=sys.stdout)
     logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
     try:
