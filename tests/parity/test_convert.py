@@ -135,9 +135,7 @@ def compare_stage1(whole: Whole, model: Any, features: Tensor) -> dict[str, floa
 def compare_stage2(whole: Whole, model: Any, features: Tensor) -> dict[str, float]:
     mine: Any = whole.model
     vocabulary = mine.language_model.vocab_size
-    ids = torch.randint(
-        0, vocabulary, (IMAGES, WORDS), generator=torch.Generator().manual_seed(2)
-    )
+    ids = torch.randint(0, vocabulary, (IMAGES, WORDS), generator=torch.Generator().manual_seed(2))
     mask = (torch.arange(WORDS) < torch.tensor([WORDS, 3, WORDS - 1, 2])[:, None]).long()
     text = {"input_ids": ids, "attention_mask": mask, "target_ids": ids, "target_mask": mask}
     text["lm_index"] = mask.flatten().nonzero().flatten()
