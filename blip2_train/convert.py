@@ -119,9 +119,9 @@ def _again(args: argparse.Namespace, whole: Whole, written: Path, folder: Path) 
 
 def _write_hf(whole: Whole, folder: Path, args: argparse.Namespace) -> dict[str, float]:
     from blip2_train.interchange.compare import differences, hf_outputs, one_eps, outputs
-    from blip2_train.interchange.hf_folder import load_hf, write_hf
+    from blip2_train.interchange.hf_folder import load_hf, write_card, write_hf
 
-    print(f"{args.dst}: {write_hf(whole, folder, args.dst.name, args.max_shard_size)}")
+    print(f"{args.dst}: {write_hf(whole, folder, args.max_shard_size)}")
     model = load_hf(folder, whole.cfg["stage"])
     theirs = hf_outputs(model, whole)
     true = differences(outputs(whole), theirs)
@@ -130,6 +130,7 @@ def _write_hf(whole: Whole, folder: Path, args: argparse.Namespace) -> dict[str,
         f"with the true eps of ln_vision, {whole.model.qformer.ln_vision.eps:g}, outputs differ by "
         f"{max(true.values()):.1e}; with Hugging Face's one, {eps:g}, by:"
     )
+    write_card(whole, folder, args.dst.name, model, max(true.values()))
     with one_eps(whole, eps):
         return differences(outputs(whole), theirs)
 

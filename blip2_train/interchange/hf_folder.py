@@ -23,13 +23,12 @@ from blip2_train.interchange.whole import Whole
 from blip2_train.models.lm_weights import quiet_library
 
 
-def write_hf(whole: Whole, folder: Path, name: str, max_shard_size: str) -> KeyAccount:
-    """Writes configuration, weights, processor, generation configuration and model card.
+def write_hf(whole: Whole, folder: Path, max_shard_size: str) -> KeyAccount:
+    """Writes configuration, weights, processor and generation configuration.
 
     Args:
         whole: the model.
         folder: exists and is empty.
-        name: of the model, for its card.
         max_shard_size: of a file of weights, such as "5GB".
 
     Returns:
@@ -67,7 +66,6 @@ def write_hf(whole: Whole, folder: Path, name: str, max_shard_size: str) -> KeyA
     save_own(whole.stage, folder / TOKENIZERS)
     if whole.language:
         generation_config(config).save_pretrained(folder)
-    (folder / "README.md").write_text(_card(whole, config, name, added), encoding="utf-8")
     return account
 
 
@@ -140,11 +138,23 @@ def load_hf(folder: Path, stage: str) -> Any:
     return model.eval()
 
 
-def _card(whole: Whole, config: Any, name: str, added: int) -> str:
+def write_card(whole: Whole, folder: Path, name: str, model: Any, difference: float) -> None:
+    """Writes the model card.
+
+    Args:
+        whole: the model.
+        folder: written by `write_hf`.
+        name: of the model, as users will call it.
+        model: of their class, from the folder.
+        difference: of outputs, that their eps makes.
+    """
+    added = 0
+    if whole.language:
+        added = model.config.text_config.vocab_size - whole.model.language_model.vocab_size
     source = Path(__file__).with_name("card.md.j2").read_text(encoding="utf-8")
     template = jinja2.Template(source, keep_trailing_newline=True)
     qformer, language = whole.cfg["qformer"], whole.cfg.get("language_model")
-    return template.render(
+    text = template.render(
         name=name,
         version=__version__,
         stage=whole.cfg["stage"],
@@ -158,7 +168,9 @@ def _card(whole: Whole, config: Any, name: str, added: int) -> str:
         width=qformer["hidden_size"],
         architecture=class_name(whole.cfg["stage"]),
         prompt=whole.cfg["data"]["prompt"] or "a photo of",
-        eps=f"{config.vision_config.layer_norm_eps:g}",
+        eps=f"{model.config.vision_config.layer_norm_eps:g}",
+        difference=f"{difference:.1e}",
         added=added,
         extra=EXTRA,
     )
+    (folder / "README.md").write_text(text, encoding="utf-8")

@@ -24,7 +24,14 @@ from blip2_train.errors import UserError
 from blip2_train.interchange import language
 from blip2_train.interchange.hf_config import apply_hf_config, eva_settings, stage_of
 from blip2_train.interchange.tokenizers import TOKENIZERS, kept_tokenizer
-from blip2_train.interchange.whole import CONVERTIBLE, Whole, build, check_frozen_parts, fill
+from blip2_train.interchange.whole import (
+    Whole,
+    build,
+    check_classes,
+    check_dtypes,
+    check_frozen_parts,
+    fill,
+)
 from blip2_train.training.build import instantiate_group
 from blip2_train.training.loading import relocate
 
@@ -59,6 +66,7 @@ def read_ours(path: Path) -> Whole:
     fill(whole, content["model"], path)
     for name, value in content["model"].items():
         whole.account.take(name, name, value)
+    check_dtypes(whole.account)
     return whole
 
 
@@ -78,7 +86,15 @@ def read_lavis(path: Path, cfg: dict[str, Any], work: Path) -> Whole:
     _check_stage(path, "stage2" if is_stage2 else "stage1", cfg)
     if is_stage2 and POSITIONS in contents.state:  # nothing else says it there
         cfg["qformer"]["max_positions"] = contents.state[POSITIONS].shape[-1]
-    return _assemble(path, contents, cfg, work, functools.partial(language.config_of, cfg))
+    whole = _assemble(path, contents, cfg, work, functools.partial(language.config_of, cfg))
+    if is_stage2:
+        encoder = any(name.startswith("t5_proj.") for name in contents.state)
+        if encoder != whole.model.language_model.is_encoder_decoder:
+            raise UserError(
+                f"{path} is made for {'T5' if encoder else 'OPT'}, and language_model.name="
+                f"{cfg['language_model']['name']} is of the other kind"
+            )
+    return whole
 
 
 def read_hf(path: Path, cfg: dict[str, Any] | None, work: Path) -> Whole:
@@ -143,8 +159,6 @@ def _check_stage(path: Path, stage: str, cfg: dict[str, Any]) -> None:
             f"{path} is of {stage}, and the experiment is of {cfg['stage']}; give an experiment= "
             f"of {stage}"
         )
-    if stage not in CONVERTIBLE:
-        raise UserError(f"stage={stage} cannot be converted")
 
 
 def _assemble(
@@ -155,22 +169,25 @@ def _assemble(
     text: Callable[[], Any],
 ) -> Whole:
     """Takes a foreign source apart, and builds ours from the parts."""
-    if cfg["stage"] == "stage2" and any(
-        "word_embeddings" in name for name in {**contents.state, **contents.extra}
-    ):
-        cfg["model"]["keep_text"] = True
+    check_classes(cfg)
     template = _tower_template(cfg)
     account = to_ours(contents, [TOWER + name for name in template])
     account.check(str(path))
+    check_dtypes(account)
+    if cfg["stage"] == "stage2":  # whether it has a text side is seen
+        words = account.state.get("qformer.word_embeddings.weight")
+        cfg["model"]["keep_text"] = words is not None
+        if words is not None:
+            cfg["model"]["vocab_size"] = len(words) - 1
     tower, rest = split(account.state, TOWER)
-    words, trained = split(rest, OUR_LANGUAGE)
+    lm, trained = split(rest, OUR_LANGUAGE)
     if tower:
         _check_tower(path, tower, template)
         weights = {name: value.contiguous() for name, value in tower.items()}
         save_file(weights, work / TOWER_FILE)
         cfg["vision"]["weights"] = str(work / TOWER_FILE)
-    if words:
-        language.write_folder(words, text(), work / LANGUAGE_FOLDER, path)
+    if lm:
+        language.write_folder(lm, text(), work / LANGUAGE_FOLDER, path)
         cfg["language_model"] |= {
             "name": str(work / LANGUAGE_FOLDER), "weights": "pretrained", "config": None,
         }  # fmt: skip

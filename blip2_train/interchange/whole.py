@@ -1,17 +1,19 @@
 """A model with all its frozen parts, in float32 on the CPU: what files are made of."""
 
 import copy
-import logging
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from blip2_train.checkpoint.account import KeyAccount
+from blip2_train.checkpoint.account import CONVERTED, KeyAccount, Row
 from blip2_train.checkpoint.foreign import TOWER, split
 from blip2_train.checkpoint.hf import OUR_LANGUAGE
+from blip2_train.config import flatten
 from blip2_train.errors import UserError
 from blip2_train.models.freezing import state_digest
 from blip2_train.models.vision import DTYPES
@@ -19,9 +21,12 @@ from blip2_train.training.checkpointing import load_trained
 from blip2_train.training.fit import STAGES
 from blip2_train.training.stage import Stage
 
-log = logging.getLogger(__name__)
-
 CONVERTIBLE = ("stage1", "stage2")
+CLASSES = {
+    "vision": "blip2_train.models.vision.VisionTower",
+    "qformer": "blip2_train.models.qformer.QFormer",
+    "language_model": "blip2_train.models.language.LanguageModel",
+}
 
 
 @dataclass
@@ -74,6 +79,7 @@ def build(cfg: Mapping[str, Any]) -> tuple[Stage, Any]:
     Raises:
         UserError: of another stage, or a part cannot be had.
     """
+    check_classes(cfg)
     if cfg["stage"] not in CONVERTIBLE:
         raise UserError(
             f"stage={cfg['stage']} has no counterpart elsewhere; its product, beside its "
@@ -86,6 +92,34 @@ def build(cfg: Mapping[str, Any]) -> tuple[Stage, Any]:
     stage = STAGES[cfg["stage"]](exact)
     model = stage.build_model()
     return stage, model.requires_grad_(False).eval()
+
+
+def check_classes(cfg: Mapping[str, Any]) -> None:
+    """Refuses to build what a file from elsewhere names and is not ours: it could run code.
+
+    Raises:
+        UserError: a part of the model is of another class, or has an object among its arguments.
+    """
+    for group, name in CLASSES.items():
+        settings = dict(cfg.get(group) or {})
+        if not settings:
+            continue
+        target = settings.pop("_target_", None)
+        if target != name:
+            raise UserError(f"the configuration builds {group} by {target}, and not by {name}")
+        if keys := [key for key in flatten(settings) if re.search(r"(^|\.)_\w+_($|\.)", key)]:
+            raise UserError(f"the configuration has {group}.{keys[0]}, which would build an object")
+
+
+def check_dtypes(account: KeyAccount) -> None:
+    """Enters into the account which weights become float32."""
+    for place, row in enumerate(account.rows):
+        value = account.state.get(row.target)
+        if value is not None and value.is_floating_point() and value.dtype != torch.float32:
+            was = str(value.dtype).removeprefix("torch.")
+            done = "rounded to" if value.dtype == torch.float64 else "the same numbers in"
+            why = f"{row.why}; {was}, {done} float32".removeprefix("; ")
+            account.rows[place] = Row(CONVERTED, row.source, row.target, why)
 
 
 def fill(whole: Whole, state: dict[str, Tensor], path: Path) -> None:

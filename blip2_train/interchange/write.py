@@ -35,11 +35,7 @@ def write_lavis(whole: Whole, path: Path, *, trained_only: bool) -> KeyAccount:
     Raises:
         UserError: LAVIS cannot hold the image tower or the language model.
     """
-    family = "opt"
-    if whole.language and not trained_only:
-        family = lavis_family(whole)
-    elif whole.language:
-        family = "t5" if whole.model.language_model.is_encoder_decoder else "opt"
+    family = lavis_family(whole) if whole.language else "opt"
     account = to_lavis(whole.own, family, whole.cfg["qformer"]["max_positions"])
     if not trained_only:
         shape_for_lavis(whole.model.vision.tower, whole.model.vision.name)
@@ -66,8 +62,7 @@ def lavis_family(whole: Whole) -> str:
     kind = whole.model.language_model.lm.config.model_type
     if kind not in ("opt", "t5"):
         raise UserError(
-            f"LAVIS's BLIP-2 knows the language models OPT and T5, and this one is {kind}; "
-            "--trained-only leaves it out"
+            f"LAVIS's BLIP-2 knows the language models OPT and T5, and this one is {kind}"
         )
     return kind
 

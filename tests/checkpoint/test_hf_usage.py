@@ -1,9 +1,9 @@
 """Hugging Face's own classes and processor, with an export's folder as the model's name.
 
-Proven, on exports of small trained models (stage 1; stage 2 with a decoder alone and with an encoder
-too): every documented call of processor and models works, in float32, bfloat16 and int8, with and
-without a prompt, and gives what ours give for the same picture and words; a picture of the tower's
-size becomes the very numbers that training saw; the token for pictures is never written.
+Proven, on exports of small trained models (stage 1; stage 2 with a decoder alone, and with an
+encoder too): every documented call of processor and models works, in float32, bfloat16 and int8,
+with and without a prompt, and gives what ours give for the same picture and words; a picture of the
+tower's size becomes the very numbers that training saw; the token for pictures is never written.
 """
 
 from pathlib import Path
