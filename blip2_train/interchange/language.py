@@ -61,6 +61,12 @@ def config_of_hf(contents: Contents) -> Any:
     return with_exact_gelu(own)
 
 
+def noted(contents: Contents, name: str) -> int:
+    """A number that blip2-convert has noted in a folder; 0 where there is none."""
+    text = contents.notes.get(name, "")
+    return int(text) if text.isdecimal() else 0
+
+
 def write_folder(words: Mapping[str, Tensor], config: Any, folder: Path, source: Path) -> None:
     """Writes a folder that the library, and `LanguageModel`, load.
 
@@ -145,7 +151,7 @@ def without_rows(contents: Contents) -> dict[str, Tensor]:
     Raises:
         UserError: config.json names no language model.
     """
-    added = int(contents.notes.get("added_rows", 0))
+    added = noted(contents, "added_rows")
     if not added:
         return contents.state
     state = dict(contents.state)

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -30,6 +29,7 @@ from blip2_train.interchange.whole import (
     check_classes,
     check_dtypes,
     check_frozen_parts,
+    configuration,
     fill,
 )
 from blip2_train.training.build import instantiate_group
@@ -58,11 +58,11 @@ def read_ours(path: Path) -> Whole:
     elif path.is_file():
         what_it_is(path, files.OURS)
     content = io.load(path)
-    cfg = {"stage": "stage1", **yaml.safe_load(content["config"])}
+    cfg = configuration(content.get("config", ""), path)
     relocate(cfg, folder)
-    whole = Whole(cfg, *build(cfg), step=content["step"])
+    whole = Whole(cfg, *build(cfg), step=content.get("step", 0))
     if not any(name.startswith(TOWER) for name in content["model"]):
-        check_frozen_parts(whole, content["frozen"], path)
+        check_frozen_parts(whole, content.get("frozen", {}), path)
     fill(whole, content["model"], path)
     for name, value in content["model"].items():
         whole.account.take(name, name, value)
@@ -118,7 +118,7 @@ def read_hf(path: Path, cfg: dict[str, Any] | None, work: Path) -> Whole:
             f"{path} does not say what run it is of: give experiment=NAME, of {stage}, whose data "
             "and schedule a training would take (sizes come from config.json)"
         )
-    remembered = yaml.safe_load(own) if own is not None else None
+    remembered = configuration(own, path) if own is not None else None
     cfg = cfg if cfg is not None else remembered
     assert cfg is not None
     _check_stage(path, stage, cfg)
@@ -135,7 +135,7 @@ def read_hf(path: Path, cfg: dict[str, Any] | None, work: Path) -> Whole:
     contents.state = language.without_rows(contents)
     text = functools.partial(language.config_of_hf, contents)
     whole = _assemble(path, contents, cfg, work, text)
-    whole.step = int(contents.notes.get("step", 0))
+    whole.step = language.noted(contents, "step")
     return whole
 
 

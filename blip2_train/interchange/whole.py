@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor
 
 from blip2_train.checkpoint.account import CONVERTED, KeyAccount, Row
@@ -92,6 +93,31 @@ def build(cfg: Mapping[str, Any]) -> tuple[Stage, Any]:
     stage = STAGES[cfg["stage"]](exact)
     model = stage.build_model()
     return stage, model.requires_grad_(False).eval()
+
+
+def configuration(text: str, path: Path) -> dict[str, Any]:
+    """The configuration that a file remembers.
+
+    Args:
+        text: YAML.
+        path: of the file.
+
+    Raises:
+        UserError: it is none of a run of ours.
+    """
+    try:
+        cfg = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"the configuration in {path} is no YAML") from error
+    cfg = {"stage": "stage1", **cfg} if isinstance(cfg, dict) else {}
+    groups = ["vision", "qformer", "model", "text", "run", "data"]
+    groups += ["language_model"] if cfg.get("stage") == "stage2" else []
+    lacking = [name for name in groups if not isinstance(cfg.get(name), dict)]
+    if cfg.get("stage") in CONVERTIBLE and lacking:
+        raise UserError(f"the configuration in {path} has no {lacking[0]}")
+    if "stage" not in cfg:
+        raise UserError(f"the configuration in {path} is none of a run")
+    return cfg
 
 
 def check_classes(cfg: Mapping[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """Targets: a file of LAVIS, a run of ours. Hugging Face's folder is in `hf_folder.py`."""
 
-import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +78,7 @@ def write_ours(whole: Whole, work: Path, final: Path) -> KeyAccount:
     Returns:
         What became of every weight.
     """
-    cfg = json.loads(json.dumps(whole.cfg).replace(f'"{work}/', f'"{final}/'))
+    cfg = _moved(whole.cfg, f"{work}/", f"{final}/")
     cfg["run"] |= {"dir": str(final.parent), "name": final.name}
     if "init" in cfg:  # that of the checkpoint is in it
         cfg |= {"init": "random", "init_from": None}
@@ -95,6 +95,17 @@ def write_ours(whole: Whole, work: Path, final: Path) -> KeyAccount:
     for name, value in whole.trained.items():
         account.take(name, name, value)
     return account
+
+
+def _moved(value: Any, old: str, new: str) -> Any:
+    """A copy of a configuration, with paths below a folder as they will be."""
+    if isinstance(value, Mapping):
+        return {key: _moved(inner, old, new) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_moved(inner, old, new) for inner in value]
+    if isinstance(value, str) and value.startswith(old):
+        return new + value.removeprefix(old)
+    return value
 
 
 def publish(work: Path, final: Path) -> None:

@@ -13,7 +13,6 @@ import pytest
 import torch
 import transformers
 from PIL import Image
-from tiny import tiny_run, tiny_stage_runs, train_in_process
 from torch import Tensor
 from torchao.quantization import Int8WeightOnlyConfig
 from transformers import (
@@ -29,7 +28,6 @@ from transformers import (
     TorchAoConfig,
 )
 
-from blip2_train.convert import main
 from blip2_train.data.language import decode, encode_prompts
 from blip2_train.interchange.compare import one_eps
 from blip2_train.interchange.read import read_ours
@@ -37,39 +35,18 @@ from blip2_train.interchange.whole import Whole
 from blip2_train.models.vision import normalise
 
 SIZE = 32
-T5 = "{model_type: t5, d_model: 32, d_kv: 16, d_ff: 40, num_layers: 2, num_decoder_layers: 2, "
-T5 += "num_heads: 2, feed_forward_proj: gated-gelu, tie_word_embeddings: false, "
-T5 += "decoder_start_token_id: 0}"
-STAGE2 = ("opt", "t5")
+STAGE2 = ("stage2", "t5")
+NAMES = ("stage1", *STAGE2)
 
 
 @pytest.fixture(scope="module")
-def runs(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("runs")
-    quick: dict[str, Any] = {"validation.every": "null", "trainer.max_steps": 6}
-    stage2 = tiny_stage_runs(shards, folder, **quick)["stage2"]
-    t5 = [o for o in stage2 if not o.startswith("language_model.config=")]
-    commands = {
-        "stage1": tiny_run(shards, folder, "stage1", **quick),
-        "opt": [*stage2, "run.name=opt"],
-        "t5": [*t5, "run.name=t5", f"language_model.config={T5}"],
-    }
-    for overrides in commands.values():
-        assert train_in_process(overrides) == 0
-    return {name: folder / name for name in commands}
-
-
-@pytest.fixture(scope="module")
-def exports(runs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    folder = tmp_path_factory.mktemp("exports")
-    for name, run in runs.items():
-        assert main(["--from", "blip2-train", "--to", "hf", str(run), str(folder / name)]) == 0
-    return {name: str(folder / name) for name in runs}
+def exports(made: dict[str, Path]) -> dict[str, str]:
+    return {name: str(made[f"{name}.hf"]) for name in NAMES}
 
 
 @pytest.fixture(scope="module")
 def whole(runs: dict[str, Path]) -> dict[str, Whole]:
-    return {name: read_ours(run) for name, run in runs.items()}
+    return {name: read_ours(runs[name]) for name in NAMES}
 
 
 def picture(seed: int = 0, size: int = SIZE) -> Image.Image:
@@ -83,7 +60,7 @@ def pixels_of(image: Image.Image) -> Tensor:
     return values.view(image.height, image.width, 3).permute(2, 0, 1)[None]
 
 
-@pytest.mark.parametrize("name", ["stage1", *STAGE2])
+@pytest.mark.parametrize("name", NAMES)
 def test_the_processor(exports: dict[str, str], whole: dict[str, Whole], name: str) -> None:
     folder, mine = exports[name], whole[name]
     processor = AutoProcessor.from_pretrained(folder)
@@ -117,7 +94,7 @@ def test_blip2_model(exports: dict[str, str], whole: dict[str, Whole], name: str
     processor = Blip2Processor.from_pretrained(folder)
     model = Blip2Model.from_pretrained(folder).eval()
     inputs = processor(images=picture(), text="a red circle", return_tensors="pt")
-    start = {} if name == "opt" else {"decoder_input_ids": torch.zeros(1, 2, dtype=torch.int64)}
+    start = {} if name == "stage2" else {"decoder_input_ids": torch.zeros(1, 2, dtype=torch.int64)}
     out = model(**inputs, **start)
     vocabulary = mine.language_model.vocab_size
     assert out.logits.shape[-1] == vocabulary + 1  # the tokenizer fills it: <image> is one more
@@ -184,13 +161,13 @@ def test_generate(exports: dict[str, str], whole: dict[str, Whole], name: str, f
 
 
 def test_generation_config_and_auto_class(exports: dict[str, str]) -> None:
-    model = AutoModelForImageTextToText.from_pretrained(exports["opt"])
+    model = AutoModelForImageTextToText.from_pretrained(exports["stage2"])
     assert type(model) is Blip2ForConditionalGeneration
-    written = transformers.GenerationConfig.from_pretrained(exports["opt"])
+    written = transformers.GenerationConfig.from_pretrained(exports["stage2"])
     inner = model.language_model.generation_config
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
         assert getattr(written, key) == getattr(inner, key) is not None
-    card = (Path(exports["opt"]) / "README.md").read_text()
+    card = (Path(exports["stage2"]) / "README.md").read_text()
     assert "library_name: transformers" in card and "1 more row" in card
 
 
