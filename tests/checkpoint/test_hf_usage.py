@@ -29,6 +29,7 @@ from transformers import (
 )
 
 from blip2_train.data.language import decode, encode_prompts
+from blip2_train.data.transforms import EvalTransform
 from blip2_train.interchange.compare import one_eps
 from blip2_train.interchange.read import read_ours
 from blip2_train.interchange.whole import Whole
@@ -73,6 +74,11 @@ def test_the_processor(exports: dict[str, str], whole: dict[str, Whole], name: s
     )
     larger = processor(images=picture(size=50), return_tensors="pt")["pixel_values"]
     assert larger.shape == (1, 3, SIZE, SIZE)
+    exact = Blip2Processor.from_pretrained(folder, backend="pil")
+    seen = normalise(EvalTransform(SIZE)(picture(size=50))[None], vision.mean, vision.std)
+    assert exact(images=picture(size=50), return_tensors="pt")["pixel_values"].allclose(
+        seen, atol=1e-6
+    )
 
     ids = processor(images=picture(), text="a red circle", return_tensors="pt")["input_ids"][0]
     token = processor.tokenizer.convert_tokens_to_ids("<image>")
