@@ -79,6 +79,9 @@ def convert(args: argparse.Namespace) -> None:
             written = folder / "folder"
             written.mkdir()
             gaps = _write_hf(whole, written, args)
+            _judge(gaps, args.tolerance)
+            print("read back from there:")
+            gaps = differences(expected, outputs(_again(args, whole, written, folder)))
         elif args.target == "lavis":
             written = folder / "file"
             print(f"{args.dst}: {write_lavis(whole, written, trained_only=args.trained_only)}")
@@ -107,13 +110,15 @@ def _read(kind: str, path: Path, cfg: dict[str, Any] | None, work: Path) -> Whol
 
 
 def _again(args: argparse.Namespace, whole: Whole, written: Path, folder: Path) -> Whole:
-    """The LAVIS file, read again as somebody else would."""
+    """What was written for others, read again as theirs."""
     import copy
 
     from blip2_train.interchange import read
 
     parts = folder / "again"
     parts.mkdir()
+    if args.target == "hf":
+        return read.read_hf(written, None, parts)
     return read.read_lavis(written, copy.deepcopy(whole.cfg), parts)
 
 

@@ -125,5 +125,16 @@ def table(rows: Iterable[Row]) -> str:
     return "\n".join(lines)
 
 
+def in_short(names: Iterable[str]) -> list[str]:
+    """Names, of which those that differ in their layer's number are one, with their number."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(_pattern(name), []).append(name)
+    return [
+        f"{pattern} x {len(group)}" if len(group) > 1 else group[0]
+        for pattern, group in groups.items()
+    ]
+
+
 def _pattern(name: str) -> str:
     return _NUMBER.sub("{i}", name)

@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import nn
 
 from blip2_train.checkpoint import files
+from blip2_train.checkpoint.account import in_short
 from blip2_train.checkpoint.foreign import to_ours
 from blip2_train.errors import UserError
 
@@ -33,9 +34,11 @@ class Account:
             f"{len(self.loaded)} weights loaded, {len(self.missing)} not in the checkpoint, "
             f"{len(self.dropped)} dropped on purpose, {len(self.unexpected)} unexpected"
         ]
-        lines += [f"  not in the checkpoint: {name}" for name in self.missing]
-        lines += [f"  dropped: {name} ({reason})" for name, reason in self.dropped.items()]
-        lines += [f"  unexpected: {name}" for name in self.unexpected]
+        lines += [f"  not in the checkpoint: {name}" for name in in_short(self.missing)]
+        for why in dict.fromkeys(self.dropped.values()):
+            names = [name for name, reason in self.dropped.items() if reason == why]
+            lines += [f"  dropped: {name} ({why})" for name in in_short(names)]
+        lines += [f"  unexpected: {name}" for name in in_short(self.unexpected)]
         return "\n".join(lines)
 
 

@@ -19,19 +19,21 @@ def outputs(whole: Whole) -> dict[str, Tensor]:
     """What a model of ours makes of the fixed input.
 
     Returns:
-        Stage 1: "image features" [B, Q, E], "text features" [B, E], "ITM logits" [B, 2]. Stage 2:
-        "queries" [B, Q, D] and "LM logits" [B, T, V], of the decoder where there is an encoder too.
+        Stage 1: "image features" [B, Q, E], "text features" [B, E], "ITM logits" [B, 2], "LM
+        logits" [B, T, V], "temperature" []. Stage 2: "queries" [B, Q, D] and "LM logits"
+        [B, T, V], of the decoder where there is an encoder too.
     """
     model, image = whole.model, pictures(whole)
     ids, mask = texts(whole)
     kv = model.qformer.project_image(model.vision(image))
     if whole.cfg["stage"] == "stage1":
         out = model.encode_image(kv)
-        slots = text_tokens(mask)
         return {
             "image features": out.image_feats,
             "text features": model.encode_text(ids, mask)[1],
-            "ITM logits": model.match([(kv, 1)], ids, mask, slots),
+            "ITM logits": model.match([(kv, 1)], ids, mask, text_tokens(mask)),
+            "LM logits": model.lm_logits(model.caption(ids, out.query_kv)),
+            "temperature": model.temp,
         }
     query_output = model.encode_image(kv)
     text = {"input_ids": ids, "attention_mask": mask, "lm_index": torch.arange(ids.numel())}
@@ -42,7 +44,7 @@ def outputs(whole: Whole) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def hf_outputs(model: Any, whole: Whole) -> dict[str, Tensor]:
-    """What their model makes of it; names and shapes as of `outputs`.
+    """What their model makes of it, as far as it can; names and shapes as of `outputs`.
 
     Args:
         model: of the class that holds the stage, in float32.
@@ -120,8 +122,9 @@ def one_eps(whole: Whole, eps: float) -> Iterator[None]:
 
 
 def differences(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> dict[str, float]:
-    """Of each output: the largest difference, in units of its largest entry or of 1."""
+    """Of each output that both have: the largest difference, in units of its largest entry or 1."""
     return {
         name: ((value - theirs[name]).abs().max() / value.abs().max().clamp(min=1)).item()
         for name, value in ours.items()
+        if name in theirs
     }

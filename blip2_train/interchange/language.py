@@ -79,7 +79,7 @@ def write_folder(words: Mapping[str, Tensor], config: Any, folder: Path, source:
     Raises:
         UserError: the weights are not those of such a model.
     """
-    own = random_model(config, 0, device="meta").state_dict()
+    own = random_model(config, 0, device="meta").state_dict(keep_vars=True)
     if unknown := sorted(words.keys() - own.keys()):
         raise UserError(
             f"the language model in {source} has {len(unknown)} weight(s) that {config.model_type} "
@@ -90,6 +90,14 @@ def write_folder(words: Mapping[str, Tensor], config: Any, folder: Path, source:
             raise UserError(
                 f"the language model in {source}: {name} is {tuple(value.shape)} and not "
                 f"{tuple(own[name].shape)}; set language_model.* as it was built"
+            )
+    first: dict[int, str] = {}  # of what is one weight in the model
+    for name in (name for name in own if name in words):
+        twin = first.setdefault(id(own[name]), name)
+        if not words[name].equal(words[twin]):
+            raise UserError(
+                f"the language model in {source}: {name} differs from {twin}, to which "
+                f"{config.model_type} ties it; set language_model.* as it was built"
             )
     folder.mkdir()
     config.dtype = str(next(iter(words.values())).dtype).removeprefix("torch.")

@@ -59,7 +59,7 @@ def test_there_and_back(
     for key, value in state.items():
         assert content[key].dtype == value.dtype and content[key].equal(value), key
     said = capsys.readouterr().out
-    assert said.count("largest difference") == 4 and ", 0 unknown" in said
+    assert said.count("largest difference") == 5 and ", 0 unknown" in said
 
     whole = read_ours(ours)
     model = load_hf(hf, whole.cfg["stage"])
