@@ -156,6 +156,7 @@ def greedy_captions(whole: Whole, model: Any, features: Tensor, eps: float) -> N
     mine: Any = whole.model
     text: Any = whole.stage.text  # type: ignore[attr-defined]
     lm = mine.language_model
+    assert model.language_model.generation_config.eos_token_id == text.end_id
     encoder, end = lm.is_encoder_decoder, {"end_token_id": text.end_id, "pad_token_id": text.pad_id}
     prompts = {"none": [text.encoder_end_id] if encoder else text.start, "two words": [5, 9]}
     if not prompts["none"]:  # `generate` of their class begins with something all the same
