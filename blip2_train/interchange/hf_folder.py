@@ -54,7 +54,7 @@ def write_hf(whole: Whole, folder: Path, max_shard_size: str) -> KeyAccount:
     save_weights(account.state, folder, max_shard_size)
     notes = {
         "format": "blip2-train 1",
-        "config": yaml.safe_dump(whole.cfg, sort_keys=False),
+        "config": yaml.safe_dump(_remembered(whole.cfg), sort_keys=False),
         "added_rows": str(added),
         "step": str(whole.step),
     }
@@ -67,6 +67,15 @@ def write_hf(whole: Whole, folder: Path, max_shard_size: str) -> KeyAccount:
     if whole.language:
         generation_config(config).save_pretrained(folder)
     return account
+
+
+def _remembered(cfg: dict[str, Any]) -> dict[str, Any]:
+    """A configuration without the places of the frozen parts, which are in the folder."""
+    out = {**cfg, "vision": {**cfg["vision"], "weights": "random"}}
+    if "language_model" in cfg:
+        own = {"name": None, "weights": "random", "config": None}
+        out["language_model"] = cfg["language_model"] | own
+    return out
 
 
 def build_processor(whole: Whole) -> Any:
@@ -153,7 +162,10 @@ def write_card(whole: Whole, folder: Path, name: str, model: Any, difference: fl
         added = model.config.text_config.vocab_size - whole.model.language_model.vocab_size
     source = Path(__file__).with_name("card.md.j2").read_text(encoding="utf-8")
     template = jinja2.Template(source, keep_trailing_newline=True)
-    qformer, language = whole.cfg["qformer"], whole.cfg.get("language_model")
+    qformer, language = whole.cfg["qformer"], ""
+    if whole.language:
+        lm = whole.model.language_model.lm
+        language = f"{lm.config.model_type}, {lm.num_parameters():,} parameters"
     text = template.render(
         name=name,
         version=__version__,
@@ -162,7 +174,7 @@ def write_card(whole: Whole, folder: Path, name: str, model: Any, difference: fl
         kind=whole.cfg["kind"],
         tower=whole.model.vision.name,
         image_size=whole.model.vision.image_size,
-        language=language and (language["name"] or "of random weights"),
+        language=language,
         queries=qformer["num_query_tokens"],
         layers=qformer["num_layers"],
         width=qformer["hidden_size"],

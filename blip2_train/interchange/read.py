@@ -194,6 +194,7 @@ def _assemble(
     whole = Whole(cfg, *build(cfg), account)
     _complete(whole, trained, account)
     fill(whole, trained | _tower_if_trained(whole, tower), path)
+    account.state = {}  # the model has them now
     return whole
 
 

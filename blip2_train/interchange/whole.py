@@ -38,7 +38,7 @@ class Whole:
         cfg: its configuration, as a run would have it.
         stage: that built it.
         model: in float32 and evaluation mode.
-        account: of every weight of the source.
+        account: of every weight of the source; its weights themselves are in the model.
         step: optimizer steps that it was trained for; 0 where the source does not say.
     """
 

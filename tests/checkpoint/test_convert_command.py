@@ -209,7 +209,7 @@ def test_the_account_is_complete(made: dict[str, Path], tmp_path: Path) -> None:
     theirs = load_file(folder / "model.safetensors").keys()
     extra = {f"{EXTRA}: {name}" for name in load_file(folder / EXTRA)}
     assert {row.source for row in whole.account.rows} == theirs | extra
-    assert whole.account.state.keys() == whole.model.state_dict().keys()
+    assert {row.target for row in whole.account.rows} == whole.model.state_dict().keys()
     assert extra == {
         f"{EXTRA}: {name}"
         for name in whole.model.state_dict()

@@ -20,6 +20,7 @@ from parity.test_stage2 import caption_settings, padded
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutput
 
+from blip2_train.checkpoint.hf import EXTRA
 from blip2_train.convert import main
 from blip2_train.interchange.compare import one_eps
 from blip2_train.interchange.hf_folder import load_hf
@@ -60,6 +61,9 @@ def test_there_and_back(
         assert content[key].dtype == value.dtype and content[key].equal(value), key
     said = capsys.readouterr().out
     assert said.count("largest difference") == 5 and ", 0 unknown" in said
+
+    assert ".tmp" not in (ours / "config.yaml").read_text()  # nor is any path of the work in hf
+    assert b".tmp" not in (hf / EXTRA).read_bytes() + (hf / "README.md").read_bytes()
 
     whole = read_ours(ours)
     model = load_hf(hf, whole.cfg["stage"])
