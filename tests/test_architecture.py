@@ -32,6 +32,8 @@ MAY_IMPORT = {
         "errors", "seeding", "config", "losses", "distributed", "models", "data", "checkpoint",
         "evaluation", "signals",
     },
+    "interchange": {"errors", "config", "data", "models", "checkpoint", "training"},
+    "convert": {"errors", "config", "interchange", "train"},
     "prepare": {"errors", "data", "config", "train", "training"},
     "sweep": {"errors", "config"},
     "train": {"errors", "rules", "config", "command", "training", "signals", "slurm", "sweep"},

@@ -1,16 +1,15 @@
-"""Initial weights of a training: `init_from` a checkpoint of ours or of LAVIS, key by key."""
+"""Initial weights of a training: `init_from` a checkpoint of ours, LAVIS or HF, key by key."""
 
-import pickle
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
-from blip2_train.checkpoint.io import FORMAT, damage
-from blip2_train.checkpoint.lavis import from_lavis, is_lavis
+from blip2_train.checkpoint import files
+from blip2_train.checkpoint.account import in_short
+from blip2_train.checkpoint.foreign import to_ours
 from blip2_train.errors import UserError
 from blip2_train.models.vision import VisionTower
 
@@ -42,43 +41,12 @@ class Account:
         ]
         if self.kept:
             lines.append(f"  not in the checkpoint: an image tower; {len(self.kept)} weights stay")
-        lines += [f"  not in the checkpoint: {name}" for name in self.missing]
-        lines += [f"  dropped: {name} ({reason})" for name, reason in self.dropped.items()]
-        lines += [f"  unexpected: {name}" for name in self.unexpected]
+        lines += [f"  not in the checkpoint: {name}" for name in in_short(self.missing)]
+        for why in dict.fromkeys(self.dropped.values()):
+            names = [name for name, reason in self.dropped.items() if reason == why]
+            lines += [f"  dropped: {name} ({why})" for name in in_short(names)]
+        lines += [f"  unexpected: {name}" for name in in_short(self.unexpected)]
         return "\n".join(lines)
-
-
-def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str], list[str]]:
-    """Weights under our names, from a checkpoint of ours or of LAVIS.
-
-    Nothing is ever unpickled: LAVIS's `.pth` files load as tensors and plain values too.
-
-    Returns:
-        weights, what was dropped and why, and names that no rule covers.
-
-    Raises:
-        UserError: the file is missing, damaged, or neither of the two.
-    """
-    if not path.is_file():
-        raise UserError(f"init_from={path}: there is no such file")
-    if reason := damage(path):
-        raise UserError(f"init_from={path} is damaged or no torch checkpoint ({reason})")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError) as error:
-        raise UserError(
-            f"init_from={path} holds more than tensors and plain values and is not loaded, since "
-            "it could run code"
-        ) from error
-    state = content.get("model", content) if isinstance(content, dict) else {}
-    ours = isinstance(content, dict) and content.get("format") == FORMAT
-    tensors = isinstance(state, dict) and all(isinstance(v, Tensor) for v in state.values())
-    if not tensors or not (ours or is_lavis(state)):
-        raise UserError(f"init_from={path} is a checkpoint of neither blip2-train nor LAVIS")
-    if ours:
-        return state, {}, []
-    account = from_lavis(state)
-    return account.state, account.dropped, account.unknown
 
 
 def init_from(
@@ -91,19 +59,20 @@ def init_from(
 
     Args:
         model: changed in place.
-        path: checkpoint of ours or of LAVIS.
+        path: checkpoint of ours or of LAVIS, or a folder or file of safetensors of Hugging Face.
         frozen_prefixes: parts that never come from a checkpoint.
         left_behind: {regular expression: why}, weights of an earlier stage that this one may lack.
 
     Raises:
-        UserError: as `read_weights`; another shape; nothing that fits; a part of an image tower
-            that is trained; or no query tokens, without which nothing of a Q-Former would be worth
+        UserError: as `files.read`; another shape; nothing that fits; a part of an image tower that
+            is trained; or no query tokens, without which nothing of a Q-Former would be worth
             having.
     """
-    weights, dropped, unexpected = read_weights(path)
-    weights = _with_fitting_positions(model, weights)
-    account = Account(dropped=dict(dropped), unexpected=list(unexpected))
     own = model.state_dict()
+    names = [name for name in own if not name.startswith(frozen_prefixes)]
+    renamed = to_ours(files.read(path, f"init_from={path}"), names)
+    weights = _with_fitting_positions(model, renamed.state)
+    account = Account(dropped=renamed.dropped, unexpected=renamed.unknown)
     for name, value in weights.items():
         if name.startswith(frozen_prefixes):
             account.dropped[name] = "frozen, comes from its own weights"

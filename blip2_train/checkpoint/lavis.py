@@ -1,19 +1,19 @@
 """Weight names of the reference implementation (LAVIS) and ours.
 
 Shapes and contents are the same; only names differ, so a conversion is a renaming with an account
-of every key.
+of every key. Its image towers and ours are in `towers.py`.
 """
 
-import re
-from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from blip2_train.checkpoint.account import KeyAccount
+from blip2_train.checkpoint.names import FEED_FORWARDS, Names, attention
 from blip2_train.errors import UserError
 
-# (ours, LAVIS); an entry that ends in a dot renames what starts with it, others are whole names.
-NAMES = [
+WHOLE = [
     ("qformer.query_tokens", "query_tokens"),
     ("qformer.ln_vision.", "ln_vision."),
     ("qformer.word_embeddings.", "Qformer.bert.embeddings.word_embeddings."),
@@ -29,52 +29,33 @@ NAMES = [
     ("vision.tower.", "visual_encoder."),
 ]
 # Stage 2, by the family of its language model, which LAVIS's names contain.
-STAGE2_NAMES = {
+STAGE2 = {
     "opt": [("lm_proj.", "opt_proj."), ("language_model.lm.", "opt_model.")],
     "t5": [("lm_proj.", "t5_proj."), ("language_model.lm.", "t5_model.")],
 }
-# The same inside a block: qformer.layers.{i}. and Qformer.bert.encoder.layer.{i}.
-LAYER_NAMES = [
-    ("self_attention.query.", "attention.self.query."),
-    ("self_attention.key.", "attention.self.key."),
-    ("self_attention.value.", "attention.self.value."),
-    ("self_attention.output.", "attention.output.dense."),
-    ("self_attention.norm.", "attention.output.LayerNorm."),
-    ("cross_attention.query.", "crossattention.self.query."),
-    ("cross_attention.key.", "crossattention.self.key."),
-    ("cross_attention.value.", "crossattention.self.value."),
-    ("cross_attention.output.", "crossattention.output.dense."),
-    ("cross_attention.norm.", "crossattention.output.LayerNorm."),
-    ("query_ffn.inner.", "intermediate_query.dense."),
-    ("query_ffn.output.", "output_query.dense."),
-    ("query_ffn.norm.", "output_query.LayerNorm."),
-    ("text_ffn.inner.", "intermediate.dense."),
-    ("text_ffn.output.", "output.dense."),
-    ("text_ffn.norm.", "output.LayerNorm."),
+LAYERS = [
+    *attention("self_attention", "attention", "self"),
+    *attention("cross_attention", "crossattention", "self"),
+    *FEED_FORWARDS,
 ]
-OUR_LAYER = re.compile(r"qformer\.layers\.(\d+)\.")
-LAVIS_LAYER = re.compile(r"Qformer\.bert\.encoder\.layer\.(\d+)\.")
-# LAVIS entries that repeat another one or hold a constant.
+BLOCKS = ("qformer.layers.", "Qformer.bert.encoder.layer.")
+NAMES = {family: Names(WHOLE + names, LAYERS, BLOCKS) for family, names in STAGE2.items()}
+EITHER = Names(WHOLE + STAGE2["opt"] + STAGE2["t5"], LAYERS, BLOCKS)
+
+TABLE = "Qformer.bert.embeddings.word_embeddings.weight"
+HEAD_BIAS = "Qformer.cls.predictions.bias"
+POSITIONS = "Qformer.bert.embeddings.position_ids"
+# LAVIS entries that repeat another one,
+TIED = {
+    "Qformer.cls.predictions.decoder.weight": TABLE,
+    "Qformer.cls.predictions.decoder.bias": HEAD_BIAS,
+}
+# or hold a constant.
 DROPPED = {
     "Qformer.cls.predictions.decoder.weight": "is the word table (tied)",
-    "Qformer.cls.predictions.decoder.bias": "is Qformer.cls.predictions.bias (tied)",
-    "Qformer.bert.embeddings.position_ids": "a constant, 0, 1, 2, ...",
+    "Qformer.cls.predictions.decoder.bias": f"is {HEAD_BIAS} (tied)",
+    POSITIONS: "a constant, 0, 1, 2, ...",
 }
-
-
-@dataclass
-class KeyAccount:
-    """What became of every key of a checkpoint.
-
-    Attributes:
-        state: converted weights under our names.
-        dropped: {foreign name: why it is not needed}.
-        unknown: foreign names that no rule covers.
-    """
-
-    state: dict[str, Tensor] = field(default_factory=dict)
-    dropped: dict[str, str] = field(default_factory=dict)
-    unknown: list[str] = field(default_factory=list)
 
 
 def is_lavis(state: Any) -> bool:
@@ -94,8 +75,7 @@ def to_lavis_name(name: str, family: str = "opt") -> str:
     Raises:
         KeyError: LAVIS has no such weight.
     """
-    table = NAMES + STAGE2_NAMES[family]
-    return _rename(name, OUR_LAYER, "Qformer.bert.encoder.layer.", table, ours=0, theirs=1)
+    return NAMES[family].theirs(name)
 
 
 def from_lavis_name(name: str) -> str:
@@ -104,49 +84,53 @@ def from_lavis_name(name: str) -> str:
     Raises:
         KeyError: we have no such weight.
     """
-    table = NAMES + STAGE2_NAMES["opt"] + STAGE2_NAMES["t5"]
-    return _rename(name, LAVIS_LAYER, "qformer.layers.", table, ours=1, theirs=0)
+    return EITHER.ours(name)
 
 
 def from_lavis(state: dict[str, Tensor]) -> KeyAccount:
     """Renames a LAVIS state dict, accounting for every key.
 
     Raises:
-        UserError: a tied weight differs from the one it should repeat.
+        UserError: a tied weight differs from the one it should repeat, or a constant is another.
     """
     account = KeyAccount()
-    tied = {
-        "Qformer.cls.predictions.decoder.weight": "Qformer.bert.embeddings.word_embeddings.weight",
-        "Qformer.cls.predictions.decoder.bias": "Qformer.cls.predictions.bias",
-    }
     for name, value in state.items():
         if name in DROPPED:
-            twin = state.get(tied.get(name, ""))
+            twin = state.get(TIED.get(name, ""))
             if twin is not None and not twin.equal(value):
-                raise UserError(f"{name} differs from {tied[name]}, to which it should be tied")
-            account.dropped[name] = DROPPED[name]
+                raise UserError(f"{name} differs from {TIED[name]}, to which it should be tied")
+            if name == POSITIONS and not value.equal(positions(value.shape[-1]).to(value.dtype)):
+                raise UserError(f"{name} is not 0, 1, 2, ...; no model of ours has such positions")
+            account.drop(name, DROPPED[name])
             continue
         try:
-            account.state[from_lavis_name(name)] = value
+            account.take(name, from_lavis_name(name), value)
         except KeyError:
-            account.unknown.append(name)
+            account.refuse(name)
     return account
 
 
-def _rename(
-    name: str,
-    layer: re.Pattern[str],
-    prefix: str,
-    table: list[tuple[str, str]],
-    *,
-    ours: int,
-    theirs: int,
-) -> str:
-    start = ""
-    if match := layer.match(name):
-        table, start, name = LAYER_NAMES, f"{prefix}{match[1]}.", name[match.end() :]
-    for entry in table:
-        known = entry[ours]
-        if name == known or (known.endswith(".") and name.startswith(known)):
-            return start + entry[theirs] + name[len(entry[ours]) :]
-    raise KeyError(start + name)
+def to_lavis(state: dict[str, Tensor], family: str, max_positions: int) -> KeyAccount:
+    """Renames our weights, and writes down again what LAVIS stores twice.
+
+    Args:
+        state: under our names, with the tower as LAVIS calls its parts.
+        family: see `to_lavis_name`.
+        max_positions: rows of the text position table, which LAVIS counts also without one.
+    """
+    account = KeyAccount()
+    for name, value in state.items():
+        try:
+            account.take(name, to_lavis_name(name, family), value)
+        except KeyError:
+            account.refuse(name)
+    for name, twin in TIED.items():
+        if twin in account.state:
+            account.state[name] = account.state[twin]
+    account.state[POSITIONS] = positions(max_positions)
+    return account
+
+
+def positions(count: int) -> Tensor:
+    """Int64 [1, count], as LAVIS stores them."""
+    return torch.arange(count)[None]

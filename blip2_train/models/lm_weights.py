@@ -93,7 +93,7 @@ def parse_config(settings: Mapping[str, Any], setting: str = "language_model") -
         config = AutoConfig.for_model(model_type, **values)
     except Exception as error:  # each model has its own checks
         raise UserError(f"{setting}.config does not suit {model_type}: {_line(error)}") from error
-    return _with_exact_gelu(config)
+    return with_exact_gelu(config)
 
 
 def published_config(name: str, folder: Path | None = None) -> PreTrainedConfig:
@@ -112,7 +112,7 @@ def published_config(name: str, folder: Path | None = None) -> PreTrainedConfig:
             f"language_model.name={name} has no usable config.json ({_line(error)}); give a "
             "folder that save_pretrained wrote, or a hub id"
         ) from error
-    return _with_exact_gelu(config)
+    return with_exact_gelu(config)
 
 
 def check_config(name: str, documented: Mapping[str, Any], actual: PreTrainedConfig) -> None:
@@ -220,7 +220,7 @@ def load_model(
         options["quantization_config"] = _quantization_config(quantization, dtype)
     if device is not None and _installed("accelerate"):
         options["device_map"] = {"": device}
-    with _quiet_library():
+    with quiet_library():
         try:
             lm, report = _auto_class(config).from_pretrained(
                 folder,
@@ -261,7 +261,7 @@ def quantize(
 
 def save_model(lm: PreTrainedModel, folder: Path) -> None:
     """Writes config.json and safetensors, as `load_model` reads them."""
-    with _quiet_library():
+    with quiet_library():
         lm.save_pretrained(folder)
 
 
@@ -321,7 +321,7 @@ def _auto_class(config: PreTrainedConfig) -> Any:
     return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
 
 
-def _with_exact_gelu(config: PreTrainedConfig) -> PreTrainedConfig:
+def with_exact_gelu(config: PreTrainedConfig) -> PreTrainedConfig:
     """Flan-T5 as BLIP-2 runs it: the exact (erf) gelu, where the library takes its tanh form."""
     if config.model_type == "t5" and config.feed_forward_proj == "gated-gelu":
         config.dense_act_fn = "gelu"
@@ -411,7 +411,7 @@ def _line(error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def _quiet_library() -> Iterator[None]:
+def quiet_library() -> Iterator[None]:
     """Without progress bars, and without the warning that T5's head is not tied, as it should."""
     level = transformers.logging.get_verbosity()
     bars = transformers.logging.is_progress_bar_enabled()

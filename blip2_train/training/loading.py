@@ -27,6 +27,11 @@ from blip2_train.training.validation import Evaluator, Findings
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 INT8_PARTS = ("qformer", "language_model")
 KINDS = ("stage1", "stage2", "clip")
+# Keys that may name a file or folder.
+PLACES = [
+    ("vision", "weights"), ("text", "tokenizer"), ("language_model", "name"),
+    ("language_model", "tokenizer"),
+]  # fmt: skip
 
 
 def find(path_or_run: str | Path) -> Path:
@@ -228,9 +233,11 @@ def loss_levels(stage: Stage, model: Any) -> dict[str, Level]:
 def _config(content: Mapping[str, Any], path: Path) -> dict[str, Any]:
     try:
         cfg = yaml.safe_load(content["config"])
-        return {"stage": "stage1", **cfg}  # 0.1 knew no other stage
+        cfg = {"stage": "stage1", **cfg}  # 0.1 knew no other stage
     except (KeyError, TypeError, yaml.YAMLError) as error:
         raise UserError(f"checkpoint {path} holds no configuration of a run") from error
+    relocate(cfg, path.parent.parent if path.parent.name == "checkpoints" else path.parent)
+    return cfg
 
 
 def _check_parts(stage: Stage, model: Any, content: Mapping[str, Any], path: Path) -> None:
@@ -279,3 +286,21 @@ def _int8_parts(int8: bool | Collection[str], kind: str) -> set[str]:
     logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
     int8_weights.check_package()
     return parts
+
+
+def relocate(cfg: dict[str, Any], folder: Path) -> None:
+    """Finds the files of a run again that was moved with its folder.
+
+    Of `vision.weights`, the tokenizer and the language model, what is named by a path where nothing
+    is any more, and stands in the folder under its last name, is taken from there.
+
+    Args:
+        cfg: of the run, changed in place.
+        folder: of the run.
+    """
+    for group, key in PLACES:
+        place = cfg.get(group, {}).get(key)
+        if isinstance(place, str) and "/" in place and not Path(place).exists():
+            moved = folder / Path(place).name
+            if moved.exists():
+                cfg[group][key] = str(moved)

@@ -164,6 +164,11 @@ def check_configuration(resume: Mapping[str, Any], cfg: Mapping[str, Any], world
     Raises:
         UserError: something changed that may not.
     """
+    if resume["optimizer"] is None:
+        raise UserError(
+            "the run's checkpoint comes from blip2-convert and has no optimizer to go on with; "
+            "give the training another run.name, and init_from= that checkpoint"
+        )
     saved = {"stage": "stage1", **yaml.safe_load(resume["config"])}  # 0.1 knew no other stage
     for change in compare_for_resume(saved, cfg, cfg["resume"]["allow"]):
         log.info("changed since the checkpoint: %s", change)

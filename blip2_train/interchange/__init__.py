@@ -1,0 +1,1 @@
+"""Whole models in other projects' files: read, written, compared."""
