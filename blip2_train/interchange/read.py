@@ -19,6 +19,7 @@ from blip2_train.checkpoint.account import KeyAccount
 from blip2_train.checkpoint.foreign import TOWER, split, to_ours
 from blip2_train.checkpoint.hf import OUR_LANGUAGE
 from blip2_train.checkpoint.lavis import POSITIONS
+from blip2_train.config import trains_tower
 from blip2_train.errors import UserError
 from blip2_train.interchange import language
 from blip2_train.interchange.hf_config import apply_hf_config, eva_settings, stage_of
@@ -60,7 +61,10 @@ def read_ours(path: Path) -> Whole:
     content = io.load(path)
     cfg = configuration(content.get("config", ""), path)
     relocate(cfg, folder)
-    whole = Whole(cfg, *build(cfg), step=content.get("step", 0))
+    start = cfg
+    if trains_tower(cfg):  # the checkpoint has its weights; those it began with may be gone
+        start = {**cfg, "vision": {**cfg["vision"], "weights": "random"}}
+    whole = Whole(cfg, *build(start), step=content.get("step", 0))
     if not any(name.startswith(TOWER) for name in content["model"]):
         check_frozen_parts(whole, content.get("frozen", {}), path)
     fill(whole, content["model"], path)
