@@ -111,7 +111,11 @@ class Vqa(Task):
     def run(self, blip2: Blip2, images: EvalStream, work: Work) -> Outcome:
         """Answers and scores; see `Task.run`."""
         listed = work.map("questions", images.undecoded(), LISTED_AT_ONCE, _listed)
-        asked, skipped, sources = _gathered(listed)
+        everything, skipped, sources = _gathered(listed)
+        first: dict[str, Asked] = {}  # a server takes each question once
+        for one in everything:
+            first.setdefault(repr(one.question.id), one)
+        asked = list(first.values())
         if not asked:
             raise UserError(
                 f"split {images.source.split} of {images.source.name} has no question; prepare it "
@@ -127,6 +131,7 @@ class Vqa(Task):
         outcome = _outcome(answered, images.source.name, images.source.split, gqa)
         outcome.skipped = [*skipped, *unseen.values()]
         outcome.counts["skipped"] = len(outcome.skipped)
+        outcome.counts["repeated questions"] = len(everything) - len(asked)
         if work.world.rank == 0 and self.samples:
             best, worst = _extremes(answered, self.samples)
             outcome.best = [_row(one, images) for one in best]
@@ -195,7 +200,7 @@ def _first(ranked: Sequence[Answered], count: int) -> list[Answered]:
     """The first ones; where the last of them is as good as others, some of these."""
     last = _accuracy(ranked[min(count, len(ranked)) - 1])
     equal = [one for one in ranked if _accuracy(one) == last]
-    before = list(ranked[: next(n for n, one in enumerate(ranked) if _accuracy(one) == last)])
+    before = list(ranked[: ranked.index(equal[0])])
     return before + _spread(equal, count - len(before))
 
 

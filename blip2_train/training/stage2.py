@@ -298,7 +298,7 @@ class Stage2(Stage):
                 "2 also init_text_from=PATH of the stage 1 that it began with"
             )
         try:
-            account = init_from(TextSide(model.qformer), Path(source), (), {"": "not text"})
+            account = init_from(TextSide(model.qformer), Path(str(source)), (), {"": "not text"})
         except UserError as error:
             raise UserError(str(error).replace("init_from=", "init_text_from=")) from None
         log.info("init_text_from=%s: %s", source, account)

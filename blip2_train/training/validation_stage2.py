@@ -71,7 +71,9 @@ class Stage2Evaluator(Evaluator):
             describe_grounding(grounding),
         ]
         rows = self._rows() if world.rank == 0 else []
-        lines += [f"says: {row.said['says']}  (truth: {row.truth[0]})" for row in rows[:4]]
+        for row in rows[:4]:
+            asked = f"asked: {row.notes['asked']}  " if row.notes else ""
+            lines.append(f"{asked}says: {row.said['says']}  (truth: {row.truth[0]})")
         title = "what the model says of held-out images"
         return Findings(metrics, -loss, lines, rows, title)
 
@@ -122,7 +124,7 @@ class Stage2Evaluator(Evaluator):
         prompts = [ask(self.prompt, question) for question in asked]
         words = self._continue(batch["image"], prompts, question_of(batch))
         return [
-            Row(self.images.picture(item), {"asked": question, "says": answer}, truth)
+            Row(self.images.picture(item), {"says": answer}, truth, notes={"asked": question})
             for item, question, answer, truth in zip(
                 batch["items"], asked, words, batch["captions"], strict=True
             )

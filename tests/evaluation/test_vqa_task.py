@@ -90,7 +90,8 @@ def test_every_question_is_answered_and_scored(
     assert found["metrics"]["vqa_accuracy"] == pytest.approx(100 * sum(scores) / 60)
     assert set(found["metrics"]) == {"vqa_accuracy", "vqa_accuracy_other"}
     assert found["counts"] == {
-        "images": 12, "questions": 60, "scored": 60, "unanswered": 0, "skipped": 0
+        "images": 12, "questions": 60, "scored": 60, "unanswered": 0, "skipped": 0,
+        "repeated questions": 0,
     }  # fmt: skip
     kinds = results(tmp_path / "a", "vqa_synthetic_novel_by_question_type.json")
     assert set(kinds) == {"background", "colour", "position", "shape", "size"}
@@ -177,7 +178,7 @@ UNTIDY = [
     {"questions": []},
     {"questions": 5},
     {"questions": [ask(4, "What {} is it?", "a cat", *["dog"] * 9, answer_type="other"),
-                   ask(5, "", "x"), ask(6, "Who?")]},
+                   ask(5, "", "x"), ask(6, "Who?"), ask(1, "is it red?", "no")]},
 ]  # fmt: skip
 
 
@@ -207,7 +208,8 @@ def test_an_untidy_split(
         }
     )
     assert outcome.counts == {
-        "images": 3, "questions": 6, "scored": 5, "unanswered": 1, "skipped": 2
+        "images": 3, "questions": 6, "scored": 5, "unanswered": 1, "skipped": 2,
+        "repeated questions": 1,
     }  # fmt: skip
     assert [(line["key"], line["reason"].split(":")[0]) for line in outcome.skipped] == [
         ("k4", "questions are not a list of objects"), ("k2", "not a readable image"),
