@@ -21,7 +21,8 @@ def outputs(whole: Whole) -> dict[str, Tensor]:
     Returns:
         Stage 1: "image features" [B, Q, E], "text features" [B, E], "ITM logits" [B, 2], "LM
         logits" [B, T, V], "temperature" []. Stage 2: "queries" [B, Q, D] and "LM logits"
-        [B, T, V], of the decoder where there is an encoder too.
+        [B, T, V], of the decoder where there is an encoder too; where the Q-Former reads text also
+        "asked queries" [B, Q, D].
     """
     model, image = whole.model, pictures(whole)
     ids, mask = texts(whole)
@@ -39,7 +40,12 @@ def outputs(whole: Whole) -> dict[str, Tensor]:
     text = {"input_ids": ids, "attention_mask": mask, "lm_index": torch.arange(ids.numel())}
     text |= {"target_ids": ids, "target_mask": mask}
     logits = model.text_logits(query_output, text)
-    return {"queries": query_output, "LM logits": logits.unflatten(0, ids.shape)}
+    found = {"queries": query_output, "LM logits": logits.unflatten(0, ids.shape)}
+    if (words := model.qformer.word_embeddings) is not None:
+        longest = model.qformer.position_embeddings.num_embeddings
+        question = ids[:, :longest] % words.num_embeddings, mask[:, :longest]
+        found["asked queries"] = model.encode_image(kv, question)
+    return found
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from blip2_train.checkpoint.towers import timm_to_hf
 from blip2_train.errors import UserError
 from blip2_train.interchange.hf_config import class_name, to_hf_config
 from blip2_train.interchange.language import save_weights, with_rows
-from blip2_train.interchange.tokenizers import TOKENIZERS, hf_tokenizer, save_own
+from blip2_train.interchange.tokenizers import hf_tokenizer, save_own
 from blip2_train.interchange.whole import Whole
 from blip2_train.models.lm_weights import quiet_library
 
@@ -63,7 +63,7 @@ def write_hf(whole: Whole, folder: Path, max_shard_size: str) -> KeyAccount:
         notes["language_config"] = json.dumps(settings, default=str)
     save_file({k: v.contiguous() for k, v in extra.items()}, folder / EXTRA, notes)
     processor.save_pretrained(folder)
-    save_own(whole.stage, folder / TOKENIZERS)
+    save_own(whole.stage, folder)
     if whole.language:
         generation_config(config).save_pretrained(folder)
     return account
@@ -184,5 +184,6 @@ def write_card(whole: Whole, folder: Path, name: str, model: Any, difference: fl
         difference=f"{difference:.1e}",
         added=added,
         extra=EXTRA,
+        asks=getattr(whole.stage, "asks", False),
     )
     (folder / "README.md").write_text(text, encoding="utf-8")

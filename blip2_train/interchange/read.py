@@ -23,7 +23,7 @@ from blip2_train.config import trains_tower
 from blip2_train.errors import UserError
 from blip2_train.interchange import language
 from blip2_train.interchange.hf_config import apply_hf_config, eva_settings, stage_of
-from blip2_train.interchange.tokenizers import TOKENIZERS, kept_tokenizer
+from blip2_train.interchange.tokenizers import kept_tokenizers
 from blip2_train.interchange.whole import (
     Whole,
     build,
@@ -134,8 +134,7 @@ def read_hf(path: Path, cfg: dict[str, Any] | None, work: Path) -> Whole:
         }
     elif (eva := eva_settings(contents.config)) is not None:
         cfg["vision"] |= eva
-    if (path / TOKENIZERS).is_dir():
-        kept_tokenizer(cfg, path, work)
+    kept_tokenizers(cfg, path, work)
     contents.state = language.without_rows(contents)
     text = functools.partial(language.config_of_hf, contents)
     whole = _assemble(path, contents, cfg, work, text)

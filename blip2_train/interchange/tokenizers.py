@@ -7,9 +7,11 @@ from typing import Any
 
 from blip2_train.data.language import LanguageTokenizer
 from blip2_train.training.stage import Stage
+from blip2_train.training.stage2 import Stage2
 
-TOKENIZERS = "blip2_train_tokenizer"  # in a folder of HF: as ours read it
-OWN = "tokenizer"  # the same in a run of ours
+# In a folder of HF: as ours read it, and the Q-Former's of stage 2, which reads questions by it;
+TOKENIZERS, ASKING = "blip2_train_tokenizer", "blip2_train_question_tokenizer"
+OWN, OWN_ASKING = "tokenizer", "question_tokenizer"  # the same in a run of ours.
 _WORD = "a"
 
 
@@ -20,10 +22,10 @@ def hf_tokenizer(stage: Stage, *, encoder: bool) -> Any:
         stage: 1 or 2.
         encoder: whether texts go to an encoder.
     """
-    if hasattr(stage, "tokenizer"):
-        tokenizer = copy.deepcopy(stage.tokenizer)
+    if not isinstance(stage, Stage2):
+        tokenizer = copy.deepcopy(stage.tokenizer)  # type: ignore[attr-defined]
     else:
-        text: LanguageTokenizer = stage.text  # type: ignore[attr-defined]
+        text = stage.text
         tokenizer = _around(text, [] if encoder else text.start, _end(text, encoder))
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.convert_ids_to_tokens(text.pad_id)
@@ -33,24 +35,28 @@ def hf_tokenizer(stage: Stage, *, encoder: bool) -> Any:
 
 
 def save_own(stage: Stage, folder: Path) -> None:
-    """Writes a stage's tokenizer as ours read it."""
-    tokenizer = getattr(stage, "tokenizer", None)
-    if tokenizer is None:
-        tokenizer = stage.text.tokenizer  # type: ignore[attr-defined]
-    tokenizer.save_pretrained(folder)
+    """Writes a stage's tokenizers as ours read them, into a folder of HF."""
+    if isinstance(stage, Stage2):
+        stage.text.tokenizer.save_pretrained(folder / TOKENIZERS)
+        if stage.asks:
+            stage.tokenizer.save_pretrained(folder / ASKING)
+    else:
+        stage.tokenizer.save_pretrained(folder / TOKENIZERS)  # type: ignore[attr-defined]
 
 
-def kept_tokenizer(cfg: dict[str, Any], source: Path, work: Path) -> None:
-    """Has a configuration read the tokenizer that a folder of HF keeps for ours.
+def kept_tokenizers(cfg: dict[str, Any], source: Path, work: Path) -> None:
+    """Has a configuration read the tokenizers that a folder of HF keeps for ours.
 
     Args:
         cfg: changed in place.
         source: the folder.
-        work: where the tokenizer is copied to.
+        work: where the tokenizers are copied to.
     """
-    shutil.copytree(source / TOKENIZERS, work / OWN)
     group = "text" if cfg["stage"] == "stage1" else "language_model"
-    cfg[group]["tokenizer"] = str(work / OWN)
+    for theirs, ours, reader in ((TOKENIZERS, OWN, group), (ASKING, OWN_ASKING, "text")):
+        if (source / theirs).is_dir():
+            shutil.copytree(source / theirs, work / ours)
+            cfg[reader]["tokenizer"] = str(work / ours)
 
 
 def _set(tokenizer: Any, name: str, value: Any) -> None:

@@ -83,7 +83,8 @@ def write_ours(whole: Whole, work: Path, final: Path) -> KeyAccount:
     if "init" in cfg:  # that of the checkpoint is in it
         cfg |= {"init": "random", "init_from": None}
     frozen = whole.stage.frozen_parts(whole.model)
-    frozen["vision"]["digest"] = tower_digest(whole)
+    if "vision" in frozen:  # else it is stored itself
+        frozen["vision"]["digest"] = tower_digest(whole)
     for name, tokenizer in whole.stage.tokenizers().items():
         frozen[name] = {"digest": tokenizer_digest(tokenizer)}
     state = RunState(step=whole.step, config=yaml.safe_dump(cfg, sort_keys=False), frozen=frozen)
