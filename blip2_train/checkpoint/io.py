@@ -138,7 +138,8 @@ def load(path: Path, *, checked: bool = False) -> dict[str, Any]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(f"{path} holds more than tensors and plain values") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
+    ours = isinstance(content, dict) and content.get("format") == FORMAT
+    if not ours or not isinstance(content.get("step"), int):  # results are named after the step
         raise UserError(f"{path} is not a checkpoint of blip2-train (format {FORMAT})")
     return content
 

@@ -25,16 +25,15 @@ from blip2_train.interchange import language
 from blip2_train.interchange.hf_config import apply_hf_config, eva_settings, stage_of
 from blip2_train.interchange.tokenizers import kept_tokenizers
 from blip2_train.interchange.whole import (
+    CONVERTIBLE,
     Whole,
     build,
-    check_classes,
     check_dtypes,
     check_frozen_parts,
-    configuration,
     fill,
 )
 from blip2_train.training.build import instantiate_group
-from blip2_train.training.loading import relocate
+from blip2_train.training.loading import check_classes, configuration, relocate
 
 TOWER_FILE, LANGUAGE_FOLDER = "vision.safetensors", "language_model"
 # What a source may lack, and what stands in its place.
@@ -59,7 +58,7 @@ def read_ours(path: Path) -> Whole:
     elif path.is_file():
         what_it_is(path, files.OURS)
     content = io.load(path)
-    cfg = configuration(content.get("config", ""), path)
+    cfg = configuration(content.get("config"), path, CONVERTIBLE)
     relocate(cfg, folder)
     start = cfg
     if trains_tower(cfg):  # the checkpoint has its weights; those it began with may be gone
@@ -122,7 +121,7 @@ def read_hf(path: Path, cfg: dict[str, Any] | None, work: Path) -> Whole:
             f"{path} does not say what run it is of: give experiment=NAME, of {stage}, whose data "
             "and schedule a training would take (sizes come from config.json)"
         )
-    remembered = configuration(own, path) if own is not None else None
+    remembered = configuration(own, path, CONVERTIBLE) if own is not None else None
     cfg = cfg if cfg is not None else remembered
     assert cfg is not None
     _check_stage(path, stage, cfg)
@@ -131,6 +130,7 @@ def read_hf(path: Path, cfg: dict[str, Any] | None, work: Path) -> Whole:
         cfg["vision"] |= {
             key: remembered["vision"][key]
             for key in ("name", "image_size", "drop_last_block", "options")
+            if key in remembered["vision"]
         }
     elif (eva := eva_settings(contents.config)) is not None:
         cfg["vision"] |= eva

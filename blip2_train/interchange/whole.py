@@ -1,33 +1,26 @@
 """A model with all its frozen parts, in float32 on the CPU: what files are made of."""
 
 import copy
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 
 from blip2_train.checkpoint.account import CONVERTED, KeyAccount, Row
 from blip2_train.checkpoint.foreign import TOWER, split
 from blip2_train.checkpoint.hf import OUR_LANGUAGE
-from blip2_train.config import flatten
 from blip2_train.errors import UserError
 from blip2_train.models.freezing import state_digest
 from blip2_train.models.vision import DTYPES
 from blip2_train.training.checkpointing import load_trained
 from blip2_train.training.fit import STAGES
+from blip2_train.training.loading import check_classes
 from blip2_train.training.stage import Stage
 
 CONVERTIBLE = ("stage1", "stage2")
-CLASSES = {
-    "vision": "blip2_train.models.vision.VisionTower",
-    "qformer": "blip2_train.models.qformer.QFormer",
-    "language_model": "blip2_train.models.language.LanguageModel",
-}
 
 
 @dataclass
@@ -93,48 +86,6 @@ def build(cfg: Mapping[str, Any]) -> tuple[Stage, Any]:
     stage = STAGES[cfg["stage"]](exact)
     model = stage.build_model()
     return stage, model.requires_grad_(False).eval()
-
-
-def configuration(text: str, path: Path) -> dict[str, Any]:
-    """The configuration that a file remembers.
-
-    Args:
-        text: YAML.
-        path: of the file.
-
-    Raises:
-        UserError: it is none of a run of ours.
-    """
-    try:
-        cfg = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"the configuration in {path} is no YAML") from error
-    cfg = {"stage": "stage1", **cfg} if isinstance(cfg, dict) else {}
-    groups = ["vision", "qformer", "model", "text", "run", "data"]
-    groups += ["language_model"] if cfg.get("stage") == "stage2" else []
-    lacking = [name for name in groups if not isinstance(cfg.get(name), dict)]
-    if cfg.get("stage") in CONVERTIBLE and lacking:
-        raise UserError(f"the configuration in {path} has no {lacking[0]}")
-    if "stage" not in cfg:
-        raise UserError(f"the configuration in {path} is none of a run")
-    return cfg
-
-
-def check_classes(cfg: Mapping[str, Any]) -> None:
-    """Refuses to build what a file from elsewhere names and is not ours: it could run code.
-
-    Raises:
-        UserError: a part of the model is of another class, or has an object among its arguments.
-    """
-    for group, name in CLASSES.items():
-        settings = dict(cfg.get(group) or {})
-        if not settings:
-            continue
-        target = settings.pop("_target_", None)
-        if target != name:
-            raise UserError(f"the configuration builds {group} by {target}, and not by {name}")
-        if keys := [key for key in flatten(settings) if re.search(r"(^|\.)_\w+_($|\.)", key)]:
-            raise UserError(f"the configuration has {group}.{keys[0]}, which would build an object")
 
 
 def check_dtypes(account: KeyAccount) -> None:

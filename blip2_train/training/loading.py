@@ -1,7 +1,8 @@
 """A run's model, loaded again from its folder or a checkpoint file, and measured on any split."""
 
 import logging
-from collections.abc import Collection, Mapping
+import re
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,20 @@ from blip2_train.training.validation import Evaluator, Findings
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 INT8_PARTS = ("qformer", "language_model")
 KINDS = ("stage1", "stage2", "clip")
+# The groups that build the parts of a model, and their classes.
+CLASSES = {
+    "vision": "blip2_train.models.vision.VisionTower",
+    "qformer": "blip2_train.models.qformer.QFormer",
+    "language_model": "blip2_train.models.language.LanguageModel",
+    "image_encoder": "blip2_train.models.clip.ImageEncoder",
+    "text_encoder": "blip2_train.models.clip.TextEncoder",
+}
+# The groups that a model cannot be built without.
+GROUPS = {
+    "stage1": ("vision", "qformer", "model", "text", "loss", "data", "run"),
+    "stage2": ("vision", "qformer", "language_model", "model", "text", "data", "run"),
+    "clip": ("image_encoder", "text_encoder", "model", "text", "data", "run"),
+}
 # Keys that may name a file or folder.
 PLACES = [
     ("vision", "weights"), ("text", "tokenizer"), ("language_model", "name"),
@@ -230,12 +245,70 @@ def loss_levels(stage: Stage, model: Any) -> dict[str, Level]:
     return stage.build_module(model, batch).levels(batch.contrastive)
 
 
-def _config(content: Mapping[str, Any], path: Path) -> dict[str, Any]:
+def configuration(text: Any, path: Path, kinds: Collection[str] = KINDS) -> dict[str, Any]:
+    """The configuration that a file remembers, from which nothing is built but classes of ours.
+
+    Args:
+        text: YAML.
+        path: of the file.
+        kinds: of models that are to be built, whose groups must be there.
+
+    Raises:
+        UserError: it is none of a run of ours, or names something else to build.
+    """
     try:
-        cfg = yaml.safe_load(content["config"])
-        cfg = {"stage": "stage1", **cfg}  # 0.1 knew no other stage
-    except (KeyError, TypeError, yaml.YAMLError) as error:
-        raise UserError(f"checkpoint {path} holds no configuration of a run") from error
+        cfg = yaml.safe_load(text) if isinstance(text, str) else None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} holds no configuration of a run") from error
+    if not isinstance(cfg, dict):
+        raise UserError(f"{path} holds no configuration of a run")
+    cfg = {"stage": "stage1", **cfg}  # 0.1 knew no other stage
+    check_classes(cfg)
+    groups = GROUPS[cfg["stage"]] if cfg["stage"] in kinds else ()
+    if lacking := [name for name in groups if not isinstance(cfg.get(name), dict)]:
+        raise UserError(f"the configuration in {path} has no {lacking[0]}")
+    return cfg
+
+
+def check_classes(cfg: Mapping[str, Any]) -> None:
+    """Refuses to build what a file from elsewhere names and is not ours: it could run code.
+
+    Raises:
+        UserError: a part of the model is of another class, or there is an object, or a place that
+            could become one, among the values.
+    """
+    for key, value in _entries(cfg):
+        group, _, last = key.partition(".")
+        if last == "_target_" and group in CLASSES:
+            if value != CLASSES[group]:
+                raise UserError(
+                    f"the configuration builds {group} by {value}, and not by {CLASSES[group]}"
+                )
+        elif re.search(r"(^|\.)_\w+_($|\.)", key):
+            raise UserError(f"the configuration has {key}, which would build an object")
+        elif isinstance(value, str) and "${" in value:
+            raise UserError(f"the configuration has {key}={value}, and a run's is resolved")
+    for group in CLASSES.keys() & cfg.keys():
+        if isinstance(cfg[group], Mapping) and "_target_" not in cfg[group]:
+            raise UserError(f"the configuration does not say {group}._target_")
+
+
+def _entries(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """All values with their dotted keys, also those inside of lists."""
+    if isinstance(value, Mapping):
+        inner = [(str(name), part) for name, part in value.items()]
+    elif isinstance(value, list | tuple):
+        inner = [(str(number), part) for number, part in enumerate(value)]
+    else:
+        inner = []
+    if not inner:
+        yield key, value
+    for name, part in inner:
+        yield from _entries(part, f"{key}.{name}" if key else name)
+
+
+def _config(content: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    cfg = configuration(content.get("config"), path)
     relocate(cfg, path.parent.parent if path.parent.name == "checkpoints" else path.parent)
     return cfg
 
@@ -299,7 +372,7 @@ def relocate(cfg: dict[str, Any], folder: Path) -> None:
         folder: of the run.
     """
     for group, key in PLACES:
-        place = cfg.get(group, {}).get(key)
+        place = (cfg.get(group) or {}).get(key)
         if isinstance(place, str) and "/" in place and not Path(place).exists():
             moved = folder / Path(place).name
             if moved.exists():
