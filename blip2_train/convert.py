@@ -26,6 +26,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError
+
 from blip2_train.errors import UserError
 
 if TYPE_CHECKING:  # imported where they are used: `--help` should not wait for torch
@@ -41,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
     try:
         convert(args)
-    except (UserError, OSError) as error:  # the latter: a full or read-only disk
+    except (UserError, OSError, SafetensorError) as error:  # not the first: a full or bad disk
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -179,6 +179,11 @@ def _assemble(
     check_dtypes(account)
     if cfg["stage"] == "stage2":  # whether it has a text side is seen
         words = account.state.get("qformer.word_embeddings.weight")
+        if words is None and cfg["data"].get("text") == "questions":
+            raise UserError(
+                f"the Q-Former in {path} has no text side, and the experiment's (data.text="
+                "questions) reads questions by it; give another experiment="
+            )
         cfg["model"]["keep_text"] = words is not None
         if words is not None:
             cfg["model"]["vocab_size"] = len(words) - 1

@@ -16,7 +16,7 @@ import pytest
 import torch
 import yaml
 from checkpoint.converting import convert, refused
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tiny import train_in_process
 
@@ -341,6 +341,29 @@ def test_another_output_is_refused(
     monkeypatch.setattr(hf_folder, "timm_to_hf", wrong)
     said = refused(capsys, "blip2-train", "hf", runs["stage1"], tmp_path / "out")
     assert "gives other outputs" in said
+
+
+def test_a_full_disk(
+    runs: dict[str, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def full(*given: Any) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device")
+
+    monkeypatch.setattr(hf_folder, "save_file", full)
+    said = refused(capsys, "blip2-train", "hf", runs["stage1"], tmp_path / "out")
+    assert "No space left" in said
+
+
+def test_questions_need_a_text_side(
+    made: dict[str, Path], known: dict[str, list[str]], tmp_path: Path, capsys: Any
+) -> None:
+    asking = [*known["stage2"], "data.text=questions", "model.keep_text=true"]
+    asking += ["model.vocab_size=40"]
+    said = refused(capsys, "lavis", "hf", made["stage2.pth"], tmp_path / "out", *asking)
+    assert "has no text side" in said
 
 
 def test_what_the_target_cannot_hold_is_refused(
