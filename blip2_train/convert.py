@@ -19,6 +19,7 @@ import argparse
 import contextlib
 import logging
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -191,6 +192,12 @@ def _work_folder(final: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def _size(text: str) -> str:
+    if re.fullmatch(r"\d+[KMGT]B", text) is None:
+        raise argparse.ArgumentTypeError(f"{text} is no size; give one such as 500MB or 5GB")
+    return text
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "blip2-convert",
@@ -207,8 +214,9 @@ def _parser() -> argparse.ArgumentParser:
         "overrides", nargs="*", metavar="key=value", help="as of blip2-train; experiment=NAME first"
     )
     parser.add_argument(
-        "--max-shard-size", default="5GB", metavar="SIZE", help="of hf's files of weights (5GB)"
-    )
+        "--max-shard-size", type=_size, default="5GB", metavar="SIZE",
+        help="of hf's files of weights (5GB)",
+    )  # fmt: skip
     parser.add_argument(
         "--trained-only", action="store_true",
         help="lavis: without image tower and language model, as its pre-training saves them",

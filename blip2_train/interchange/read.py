@@ -49,9 +49,11 @@ def read_ours(path: Path) -> Whole:
     Raises:
         UserError: there is none, or a frozen part cannot be had or is another one.
     """
-    folder = path if path.is_dir() else path.parent.parent
+    folder = path if path.is_dir() else path.parent
+    if folder.name == "checkpoints":
+        folder = folder.parent
     if path.is_dir():
-        newest = io.newest_valid(path / "checkpoints")
+        newest = io.newest_valid(path / "checkpoints", rename=False)  # others may be writing there
         if newest is None:
             raise UserError(f"{path} is no run with a checkpoint; is --from right?")
         path = newest

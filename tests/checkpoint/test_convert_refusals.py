@@ -357,6 +357,26 @@ def test_a_full_disk(
     assert "No space left" in said
 
 
+@pytest.mark.parametrize("size", ["abc", "5", "-1GB", "5 parsecs"])
+def test_no_size(tmp_path: Path, capsys: pytest.CaptureFixture, size: str) -> None:
+    with pytest.raises(SystemExit) as error:
+        convert("blip2-train", "hf", tmp_path, tmp_path / "out", f"--max-shard-size={size}")
+    assert error.value.code == 2 and f"{size} is no size" in capsys.readouterr().err
+
+
+def test_the_source_is_left_as_it_is(runs: dict[str, Path], tmp_path: Path, capsys: Any) -> None:
+    """A damaged checkpoint is passed over, and keeps its name; a lone file finds its neighbours."""
+    shutil.copytree(runs["stage1"], tmp_path / "run")
+    (tmp_path / "run" / "checkpoints" / "step-00000009.ckpt").write_bytes(b"cut")
+    before = sorted(os.listdir(tmp_path / "run" / "checkpoints"))
+    assert convert("blip2-train", "hf", tmp_path / "run", tmp_path / "hf") == 0
+    assert sorted(os.listdir(tmp_path / "run" / "checkpoints")) == before
+    assert convert("hf", "blip2-train", tmp_path / "hf", tmp_path / "a") == 0
+    moved = (tmp_path / "a").rename(tmp_path / "b")
+    lone = next((moved / "checkpoints").iterdir()).rename(moved / "lone.ckpt")
+    assert convert("blip2-train", "lavis", lone, tmp_path / "file.pth") == 0
+
+
 def test_questions_need_a_text_side(
     made: dict[str, Path], known: dict[str, list[str]], tmp_path: Path, capsys: Any
 ) -> None:
