@@ -277,6 +277,7 @@ def _open_source(cfg: Mapping[str, Any]) -> Any:
         cfg["split"],
         bad_shards=data["on_bad_shard"] == "skip",
         retry_seconds=data["retry_seconds"],
+        key="data.validation.shards",
     )
 
 

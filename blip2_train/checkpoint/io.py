@@ -139,7 +139,10 @@ def load(path: Path, *, checked: bool = False) -> dict[str, Any]:
     except pickle.UnpicklingError as error:
         raise UserError(f"{path} holds more than tensors and plain values") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise UserError(f"{path} is not a checkpoint of blip2-train (format {FORMAT})")
+        raise UserError(
+            f"{path} is not a checkpoint of blip2-train (format {FORMAT}); of the files of others "
+            "blip2-convert makes one"
+        )
     return content
 
 

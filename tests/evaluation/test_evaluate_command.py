@@ -200,6 +200,7 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 
 CASES = {
     "batchsize=4": "unknown key batchsize; did you mean batch_size?",
+    "xyzzy=4": "unknown key xyzzy; see blip2-evaluate --help",
     "task.kk=4": "unknown key task.kk",
     "+task.kk=4": "task: .*kk",
     "+more=1": "nothing reads more",
@@ -219,7 +220,7 @@ CASES = {
     "data.validation.split=val": "split=NAME",
     "data.sources.synthetic.weight=2": "nothing else of conf/data",
     "data.on_bad_shard=maybe": "data.on_bad_shard=maybe",
-    "data.validation.shards=/nowhere": "/nowhere",
+    "data.validation.shards=/nowhere": "error: data.validation.shards=/nowhere: ",
     "task=nothing": "task=NAME names what to measure and task=nothing is none of them: .*retrieval",
     "data=nothing": "data=NAME names what to measure it on",
     "data=laion115m": "names no shards to evaluate on",
