@@ -204,6 +204,8 @@ CASES = {
     "task.kk=4": "unknown key task.kk",
     "+task.kk=4": "task: .*kk",
     "+more=1": "nothing reads more",
+    "+data.validation.max_images=3": "nothing reads data.validation.max_images",
+    "~data.num_workers": "data.num_workers may not be taken away",
     "~split": "split may not be taken away",
     "task.k=-1": r"task\.k=-1 must be a whole number",
     "task.k=2.5": r"task\.k=2\.5",
