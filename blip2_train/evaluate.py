@@ -1,7 +1,7 @@
 """Evaluates a checkpoint: `blip2-evaluate task=NAME ckpt=PATH data=NAME [key=value ...]`.
 
     blip2-evaluate task=retrieval ckpt=runs/stage1_vitg data=coco
-    blip2-evaluate task=classify ckpt=runs/clip/checkpoints/step-00005000.ckpt data=coco split=val
+    blip2-evaluate task=caption ckpt=runs/stage2/checkpoints/step-00005000.ckpt data=coco split=val
     torchrun --nproc-per-node 8 --module blip2_train.evaluate task=retrieval ckpt=... data=coco
 
 The results are in eval/<task>-<data>-<step>/ of the run: metrics.json, report.html, samples/. The
