@@ -102,7 +102,8 @@ class Overrides:
         if not values:
             return known
         keys = [v.split("=", 1)[0].lstrip("~") for v in self.values]
-        problems = unknown_keys(known, [k for k in keys if k[0] != "+" and k[:6] != "hydra."])
+        keys = [k for k in keys if k[0] != "+" and k[:6] != "hydra."]
+        problems = unknown_keys(known, keys, f"blip2-{name}")
         if problems:
             raise UserError("; ".join(problems))
         return hydra.compose(name, self.with_paths(self.groups) + self.values)

@@ -382,12 +382,13 @@ def _question_problems(cfg: Mapping[str, Any]) -> list[str]:
     return problems
 
 
-def unknown_keys(cfg: DictConfig, keys: list[str]) -> list[str]:
+def unknown_keys(cfg: DictConfig, keys: list[str], command: str = "blip2-train") -> list[str]:
     """A sentence for each key that the configuration does not have, with the closest one.
 
     Args:
         cfg: composed configuration.
         keys: dotted keys given on the command line.
+        command: its name.
     """
     known = sorted(dotted_keys(cfg))
     sentences = []
@@ -397,7 +398,7 @@ def unknown_keys(cfg: DictConfig, keys: list[str]) -> list[str]:
         last = key.rsplit(".", 1)[-1]
         same = [k for k in known if k.rsplit(".", 1)[-1] == last]
         close = same or difflib.get_close_matches(key, known, n=1)
-        hint = f"did you mean {close[0]}?" if close else "see blip2-train --help"
+        hint = f"did you mean {close[0]}?" if close else f"see {command} --help"
         sentences.append(f"unknown key {key}; {hint}")
     return sentences
 

@@ -1,7 +1,7 @@
 """Evaluates a checkpoint: `blip2-evaluate task=NAME ckpt=PATH data=NAME [key=value ...]`.
 
     blip2-evaluate task=retrieval ckpt=runs/stage1_vitg data=coco
-    blip2-evaluate task=classify ckpt=runs/clip/checkpoints/step-00005000.ckpt data=coco split=val
+    blip2-evaluate task=caption ckpt=runs/stage2/checkpoints/step-00005000.ckpt data=coco split=val
     torchrun --nproc-per-node 8 --module blip2_train.evaluate task=retrieval ckpt=... data=coco
 
 The results are in eval/<task>-<data>-<step>/ of the run: metrics.json, report.html, samples/. The
@@ -35,9 +35,11 @@ log = logging.getLogger(__name__)
 
 LATER = "goes on with what is missing"  # the same command does
 # Below these keys are the user's to add; constructors and checkpoints refuse unknown ones.
-OPEN_KEYS = ("task.", "changes.", "data.validation")
+OPEN_KEYS = ("task.", "changes.")
+SHARDS = ("data.validation", "data.validation.shards")  # some files of conf/data have none
 # Of a file of conf/data, for training alone.
 UNREAD = ("data.sources.", "data.validation.split")
+UNNEEDED = ("task.", "data.sources", "data.validation.")
 # What results do not depend on.
 FREE = ("ckpt", "out", "accelerator", "batch_size", "samples", "data.")
 VERSIONED = ("torch", "torchvision", "timm", "transformers", "numpy", "pillow")
@@ -82,9 +84,9 @@ def compose(overrides: list[str], config_dirs: tuple[str, ...] = ()) -> dict[str
         documented = dotted_keys(given.compose("evaluate", values=False))
         cfg = given.compose("evaluate")
     found = dotted_keys(cfg)
-    if extra := sorted(k for k in found - documented if not k.startswith(OPEN_KEYS)):
+    if extra := sorted(k for k in found - documented - {*SHARDS} if not k.startswith(OPEN_KEYS)):
         raise UserError(f"nothing reads {', '.join(extra)}; conf/evaluate.yaml names every key")
-    if lost := sorted(k for k in documented - found if not k.startswith(("data.", "task."))):
+    if lost := sorted(k for k in documented - found - {*SHARDS} if not k.startswith(UNNEEDED)):
         raise UserError(f"{', '.join(lost)} may not be taken away")
     plain = {**_plain(cfg), "name": name}
     plain["data"].pop("sources", None)  # of a training
@@ -277,6 +279,7 @@ def _open_source(cfg: Mapping[str, Any]) -> Any:
         cfg["split"],
         bad_shards=data["on_bad_shard"] == "skip",
         retry_seconds=data["retry_seconds"],
+        key="data.validation.shards",
     )
 
 

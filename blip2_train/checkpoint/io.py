@@ -140,7 +140,10 @@ def load(path: Path, *, checked: bool = False) -> dict[str, Any]:
         raise UserError(f"{path} holds more than tensors and plain values") from error
     ours = isinstance(content, dict) and content.get("format") == FORMAT
     if not ours or not isinstance(content.get("step"), int):  # results are named after the step
-        raise UserError(f"{path} is not a checkpoint of blip2-train (format {FORMAT})")
+        raise UserError(
+            f"{path} is not a checkpoint of blip2-train (format {FORMAT}); of the files of others "
+            "blip2-convert makes one"
+        )
     return content
 
 

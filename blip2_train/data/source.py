@@ -66,6 +66,7 @@ def open_source(
     *,
     bad_shards: bool = False,
     retry_seconds: float = RETRY_SECONDS,
+    key: str | None = None,
 ) -> Source:
     """Read which shards a source has.
 
@@ -77,12 +78,13 @@ def open_source(
         weight: relative weight in the mixture.
         bad_shards: local files need not be there and whole (`data.on_bad_shard=skip`).
         retry_seconds: for how long reading an index is tried again.
+        key: that names the shards, for messages; None: that of the source in `data.sources`.
 
     Raises:
         UserError: a folder, index, shard or split is missing, or the split is empty; says what
             there is.
     """
-    setting = f"data.sources.{name}.shards={shards}"
+    setting = f"{key or f'data.sources.{name}.shards'}={shards}"
     chosen: dict[str, StoredShard] = {}
     splits: set[str] = set()
     try:

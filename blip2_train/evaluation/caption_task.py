@@ -13,7 +13,7 @@ from blip2_train.distributed import gather_objects, on_rank_zero
 from blip2_train.errors import UserError
 from blip2_train.evaluation.caption_metrics import CaptionScores, check_installed, score_captions
 from blip2_train.evaluation.inference import Blip2
-from blip2_train.evaluation.samples import Row
+from blip2_train.evaluation.samples import Row, spread
 from blip2_train.evaluation.task import Outcome, Task
 from blip2_train.evaluation.work import Work
 
@@ -85,10 +85,12 @@ class CaptionTask(Task):
             raise UserError(f"task.length_penalty={length_penalty} must be a number")
         if not isinstance(metrics, bool):
             raise UserError(f"task.metrics={metrics} must be true or false")
-        if results is not None and not re.fullmatch(r"(?!metrics\.)\w[\w.\-]*\.json", str(results)):
+        if results is not None and not re.fullmatch(
+            r"(?!(?:metrics|lock)\.)\w[\w.\-]*\.json", str(results)
+        ):
             raise UserError(
                 f"task.results={results} must be the name of a file that ends with .json, and not "
-                "metrics.json"
+                "metrics.json or lock.json"
             )
         self.prompt = prompt
         self.search: dict[str, Any] = {
@@ -158,7 +160,12 @@ class CaptionTask(Task):
         }
         best: list[Row] = []
         worst: list[Row] = []
-        if work.world.rank == 0 and scores.cider:
+        text = "By CIDEr of the image. Green: words that one of its captions by people has, too."
+        if not scores.cider:
+            text = "Some images from all over the split: without scores, none is better."
+            if work.world.rank == 0:
+                best = [_row(images, image) for image in spread(found, self.samples)]
+        elif work.world.rank == 0:
             order = sorted(range(len(judged)), key=lambda n: -scores.cider[n])
             first, rest = order[: self.samples], order[self.samples :][::-1][: self.samples]
             best, worst = (
@@ -174,7 +181,7 @@ class CaptionTask(Task):
             best=best,
             worst=worst,
             skipped=skipped,
-            text="By CIDEr of the image. Green: words that one of its captions by people has, too.",
+            text=text,
             notes=scores.notes,
             digits=4,
         )
@@ -235,9 +242,10 @@ def _result(image: Captioned) -> dict[str, Any]:
     return {"image_id": image.image_id, "caption": image.caption}
 
 
-def _row(images: EvalStream, image: Captioned, cider: float) -> Row:
+def _row(images: EvalStream, image: Captioned, cider: float | None = None) -> Row:
     """A row of the page."""
-    notes = {"CIDEr": f"{cider:.3f}", "image": str(image.image_id)}
+    notes = {} if cider is None else {"CIDEr": f"{cider:.3f}"}
+    notes["image"] = str(image.image_id)
     if image.domain is not None:
         notes["domain"] = image.domain
     return Row(images.picture(image.item), {"model": image.caption}, image.references, notes=notes)

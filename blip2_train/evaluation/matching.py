@@ -5,6 +5,7 @@ images are read and pass the tower once; only its own keys and values are in mem
 are shared evenly among ranks, however unevenly the pairs lie on images.
 """
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -106,6 +107,13 @@ class Portions:
     def __len__(self) -> int:
         return len(self.slices)
 
+    @property
+    def digest(self) -> str:
+        """Of the pairs and how they lie in portions: the number of portions does not tell."""
+        found = hashlib.sha256(self.pairs.codes.numpy().tobytes())
+        found.update(repr(self.slices).encode())
+        return found.hexdigest()[:8]
+
     def __getitem__(self, number: int) -> Portion:
         part = self.slices[number]
         found, counts = self.pairs.image[part].unique_consecutive(return_counts=True)
@@ -144,7 +152,7 @@ def match_pairs(
     def match(batch: list[Any]) -> Tensor:
         return torch.cat([_match(blip2, portion, texts) for portion in batch])
 
-    return torch.cat([torch.empty(0), *work.map("matching", portions, 1, match)])
+    return torch.cat([torch.empty(0), *work.map(f"matching-{portions.digest}", portions, 1, match)])
 
 
 def _match(blip2: Blip2, portion: Portion, texts: Sequence[str]) -> Tensor:

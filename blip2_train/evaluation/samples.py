@@ -1,8 +1,10 @@
 """What models say of images and find for them, and pictures of it: one sheet per validation."""
 
 import textwrap
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -10,6 +12,7 @@ THUMB = 160  # pixels
 GAP = 12
 COLUMN = 46  # characters of a text column
 LINE = 17  # pixels
+Item = TypeVar("Item")
 INK, FAINT, RIGHT, WRONG = "#1a1a1a", "#6b6b6b", "#1a7f37", "#b3261e"
 
 
@@ -38,6 +41,12 @@ class Row:
     negative_image: Image.Image | None = None
     negative_text: str = ""
     notes: dict[str, str] = field(default_factory=dict)
+
+
+def spread(items: Sequence[Item], count: int) -> list[Item]:
+    """At most so many of them, evenly spaced."""
+    count = min(count, len(items))
+    return [items[number * len(items) // count] for number in range(count)]
 
 
 def draw_sheet(rows: list[Row], title: str, path: Path) -> None:

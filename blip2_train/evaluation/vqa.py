@@ -21,7 +21,7 @@ from blip2_train.data.stream import EvalStream
 from blip2_train.data.text import clean_question
 from blip2_train.errors import UserError
 from blip2_train.evaluation.inference import Blip2
-from blip2_train.evaluation.samples import Row
+from blip2_train.evaluation.samples import Row, spread
 from blip2_train.evaluation.task import Outcome, Task
 from blip2_train.evaluation.vqa_metrics import (
     Scored,
@@ -213,8 +213,7 @@ def _spread(answered: Sequence[Answered], count: int) -> list[Answered]:
     """Some, evenly spaced, of different images where there are so many."""
     by_image = {one.item: one for one in answered}
     pool = list(by_image.values() if len(by_image) >= count else answered)
-    count = min(count, len(pool))
-    return [pool[number * len(pool) // count] for number in range(count)]
+    return spread(pool, count)
 
 
 def _row(one: Answered, images: EvalStream) -> Row:

@@ -103,6 +103,7 @@ def open_validation(cfg: Mapping[str, Any]) -> Source | None:
         settings["split"],
         bad_shards=data["on_bad_shard"] == "skip",
         retry_seconds=data["retry_seconds"],
+        key="data.validation.shards",
     )
 
 

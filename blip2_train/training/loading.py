@@ -62,7 +62,10 @@ def find(path_or_run: str | Path) -> Path:
         inner = path / "checkpoints"
         found = io.newest_valid(inner if inner.is_dir() else path, rename=False)
         if found is None:
-            raise UserError(f"{path} holds no run with a checkpoint; train it first")
+            raise UserError(
+                f"{path} holds no run with a checkpoint; train it first, or make one of another "
+                "model with blip2-convert"
+            )
         return found
     if not path.is_file():
         raise UserError(f"there is no checkpoint and no run {path}; give the path of one of them")

@@ -178,7 +178,10 @@ def test_without_references(blip2: Blip2, shards: Path, tmp_path: Path) -> None:
     outcome = evaluated(
         blip2, split, tmp_path / "parts", results="captions_test2014_x_results.json"
     )
-    assert outcome.metrics == {} and not outcome.best
+    assert outcome.metrics == {} and not outcome.worst
+    # there is something to look at all the same
+    assert [row.notes for row in outcome.best] == [{"image": "0"}, {"image": "2"}]
+    assert "without scores" in outcome.text
     assert outcome.notes == {"metrics": "no image of this split has captions to compare with"}
     results = outcome.files["captions_test2014_x_results.json"]
     assert [entry["image_id"] for entry in results] == [0, 1, 2, 3]
@@ -236,7 +239,7 @@ def test_who_writes_no_captions(finished: Path, untidy: Path, tmp_path: Path) ->
         {"num_beams": 0}, {"num_beams": True}, {"max_new_tokens": 2.5}, {"min_new_tokens": -1},
         {"min_new_tokens": 9, "max_new_tokens": 8}, {"length_penalty": "x"}, {"metrics": "no"},
         {"prompt": 3}, {"results": "../x.json"}, {"results": "metrics.json"}, {"results": "a.txt"},
-        {"results": ".json"},
+        {"results": "lock.json"}, {"results": ".json"},
     ],
     ids=str,
 )  # fmt: skip

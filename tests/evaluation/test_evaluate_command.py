@@ -154,7 +154,7 @@ def test_killed_while_matching(shards: Path, finished: Path, tmp_path: Path) -> 
     first.kill()
     count = len(list(parts.glob("matching-*.pt")))
     said = evaluating(killed, 3).finish()
-    assert re.search(rf"matching: {count} of \d+ parts were there", said)
+    assert re.search(rf"matching-\w+: {count} of \d+ parts were there", said)
     for part in ("metrics", "counts", "identity"):
         assert metrics(tmp_path / "killed")[part] == metrics(tmp_path / "whole")[part]
 
@@ -200,9 +200,12 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 
 CASES = {
     "batchsize=4": "unknown key batchsize; did you mean batch_size?",
+    "xyzzy=4": "unknown key xyzzy; see blip2-evaluate --help",
     "task.kk=4": "unknown key task.kk",
     "+task.kk=4": "task: .*kk",
     "+more=1": "nothing reads more",
+    "+data.validation.max_images=3": "nothing reads data.validation.max_images",
+    "~data.num_workers": "data.num_workers may not be taken away",
     "~split": "split may not be taken away",
     "task.k=-1": r"task\.k=-1 must be a whole number",
     "task.k=2.5": r"task\.k=2\.5",
@@ -219,7 +222,7 @@ CASES = {
     "data.validation.split=val": "split=NAME",
     "data.sources.synthetic.weight=2": "nothing else of conf/data",
     "data.on_bad_shard=maybe": "data.on_bad_shard=maybe",
-    "data.validation.shards=/nowhere": "/nowhere",
+    "data.validation.shards=/nowhere": "error: data.validation.shards=/nowhere: ",
     "task=nothing": "task=NAME names what to measure and task=nothing is none of them: .*retrieval",
     "data=nothing": "data=NAME names what to measure it on",
     "data=laion115m": "names no shards to evaluate on",

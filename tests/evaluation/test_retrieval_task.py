@@ -116,6 +116,14 @@ def test_small_portions_change_nothing(
     assert len(list((tmp_path / "parts").glob("matching-*"))) > 5
 
 
+def test_parts_of_other_portions_are_not_taken(stage1: Blip2, untidy: Path, tmp_path: Path) -> None:
+    whole = evaluated(stage1, untidy, tmp_path / "whole", k=5).metrics
+    for batch_size in (4, 5):  # both make two portions
+        assert evaluated(stage1, untidy, tmp_path, k=5, batch_size=batch_size).metrics == whole
+        for second in tmp_path.glob("matching-*000001.pt"):
+            second.unlink()
+
+
 def test_one_image(stage1: Blip2, shards: Path, tmp_path: Path) -> None:
     split = make_split(shards, tmp_path / "s", [{"captions": ["one"]}])
     outcome = evaluated(stage1, split, tmp_path / "parts")
