@@ -8,8 +8,8 @@ and without layer-wise decay to the very bits of groups without it; `init_from` 
 where there is one, the tower, its positions fitted to another image size; what cannot be is refused
 in one sentence.
 
-`slow`: 2 and 3 processes in float32, and of captioning what is one code with retrieval; resuming
-with dropout and recomputed blocks; more of the cases of saving memory.
+`slow`: 2 and 3 processes in float32; of captioning what is one code with retrieval; resuming with
+dropout and recomputed blocks; the very bits of both; more of the cases of saving memory.
 """
 
 import functools
@@ -107,11 +107,11 @@ def test_the_tower_learns(twin: str, alone: dict[str, Path]) -> None:
 
 @pytest.fixture(scope="module")
 def several(shards: Path, runs: Path) -> Callable[[str, int], Path]:
-    """The same on several processes; each is run once."""
+    """The same on several processes, without drawn samples; each is run once."""
 
     @functools.cache
     def run(twin: str, processes: int) -> Path:
-        double = {**RANDOM, "trainer.precision": "64-true"}
+        double = {**RANDOM, "trainer.precision": "64-true", "validation.samples": 0}
         return fine_tune(twin, shards, runs, f"double-{processes}", processes, **double)
 
     return run
@@ -140,7 +140,7 @@ def test_the_number_of_processes_in_float32(twin: str, shards: Path, runs: Path)
 def test_killed_and_continued_on_three(
     shards: Path, tmp_path: Path, several: Callable[[str, int], Path]
 ) -> None:
-    changes = {**RANDOM, "trainer.precision": "64-true"}
+    changes = {**RANDOM, "trainer.precision": "64-true", "validation.samples": 0}
     words = tiny_finetuning(shards, tmp_path, "killed", **changes)["retrieval"]
     killed = tmp_path / "retrieval-killed"
     kill_in_the_middle(words, killed, 3, last=STEPS, step=7)
@@ -169,7 +169,8 @@ def test_killed_and_continued_with_dropout(
 # -- memory ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("twin", ["retrieval", slow("caption")])
+@pytest.mark.slow
+@pytest.mark.parametrize("twin", TWINS)
 def test_recomputed_blocks_change_nothing(twin: str, shards: Path, tmp_path: Path) -> None:
     changes = {**SHORT, "qformer.dropout": 0.1, "trainer.precision": "64-true"}
     plain = fine_tune(twin, shards, tmp_path, "plain", **changes)
@@ -185,7 +186,7 @@ def test_recomputed_blocks_change_nothing(twin: str, shards: Path, tmp_path: Pat
 def test_parts_of_a_cached_batch_are_one_batch(
     processes: int, shards: Path, tmp_path: Path
 ) -> None:
-    """GradCache through the tower, with and without recomputed blocks in it."""
+    """GradCache through the tower; on two processes also with recomputed blocks in it."""
     changes: dict[str, Any] = {**SHORT, "trainer.precision": "64-true"}
     whole = fine_tune("retrieval", shards, tmp_path, "whole", **changes)
     changes |= {"batch.accumulate": 3, "loss.itc.cache": True}

@@ -4,6 +4,8 @@ Proven: tower, Q-Former and its text side learn, the language model stays; the r
 same losses and ends with the same weights on 1, 2 and 3 processes; killed and continued it ends
 with the bits of an undisturbed one; first weights come from stage 1, or from stages 2 and 1, and
 what cannot be had is refused; an encoder-decoder answers too; wrong settings end with one sentence.
+
+`slow`: two processes, as three are proven; killed and continued.
 """
 
 from pathlib import Path
