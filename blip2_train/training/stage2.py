@@ -51,6 +51,8 @@ from blip2_train.training.validation_stage2 import Stage2Evaluator
 log = logging.getLogger(__name__)
 
 TEXT_SIDE = r"qformer\.((word_embeddings|position_embeddings|lm_head)|layers\.\d+\.text_ffn)\."
+# Of these, what writes captions in stage 1: nothing here reads it, and a checkpoint may lack it.
+UNREAD = "qformer.lm_head."
 # Weights of stage 1 that stage 2 has no use for, and why.
 LEFT_BEHIND = {
     TEXT_SIDE: "text side of the Q-Former",
@@ -274,7 +276,11 @@ class Stage2(Stage):
                 model, Path(self.cfg["init_from"]), self.frozen_prefixes, LEFT_BEHIND
             )
             log_account(self.cfg["init_from"], account)
-            lacking = [name for name in account.missing if name.startswith("qformer.")]
+            lacking = [
+                name
+                for name in account.missing
+                if name.startswith("qformer.") and not name.startswith(UNREAD)
+            ]
             text_side = [name for name in lacking if re.match(TEXT_SIDE, name)]
             if text_side and text_side == lacking:
                 self._take_text_side(model)
@@ -302,9 +308,9 @@ class Stage2(Stage):
         except UserError as error:
             raise UserError(str(error).replace("init_from=", "init_text_from=")) from None
         log.info("init_text_from=%s: %s", source, account)
-        if account.missing:
+        if lacking := [name for name in account.missing if not name.startswith(UNREAD)]:
             raise UserError(
-                f"init_text_from={source} has no {account.missing[0]}; give a checkpoint of stage 1"
+                f"init_text_from={source} has no {lacking[0]}; give a checkpoint of stage 1"
             )
 
     def frozen_parts(self, model: Blip2Stage2) -> dict[str, dict[str, str]]:

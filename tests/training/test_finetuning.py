@@ -8,10 +8,13 @@ and without layer-wise decay to the very bits of groups without it; `init_from` 
 where there is one, the tower, its positions fitted to another image size; what cannot be is refused
 in one sentence.
 
-`slow`: 2 and 3 processes in float32, and more of the cases of resuming and of saving memory.
+`slow`: 2 and 3 processes in float32; of captioning what is one code with retrieval; resuming with
+dropout and recomputed blocks; the very bits of both; more of the cases of saving memory.
 """
 
+import functools
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +35,7 @@ from whole_runs import (
 
 from blip2_train.data.stream import EvalStream
 from blip2_train.models.vision import VisionTower
-from blip2_train.training import fit, module, optimizer
+from blip2_train.training import fit, module
 from blip2_train.training.feeding import open_validation, validation_images
 from blip2_train.training.loading import evaluate, load_run
 
@@ -102,14 +105,26 @@ def test_the_tower_learns(twin: str, alone: dict[str, Path]) -> None:
     assert len(losses) == STEPS and sum(losses[-5:]) < sum(losses[:5]) - 0.1
 
 
-@pytest.mark.parametrize("processes", [2, 3])
-@pytest.mark.parametrize("twin", TWINS)
+@pytest.fixture(scope="module")
+def several(shards: Path, runs: Path) -> Callable[[str, int], Path]:
+    """The same on several processes, without drawn samples; each is run once."""
+
+    @functools.cache
+    def run(twin: str, processes: int) -> Path:
+        double = {**RANDOM, "trainer.precision": "64-true", "validation.samples": 0}
+        return fine_tune(twin, shards, runs, f"double-{processes}", processes, **double)
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("twin", "processes"),
+    [("retrieval", 2), ("retrieval", 3), slow("caption", 2), ("caption", 3)],
+)
 def test_the_number_of_processes_changes_nothing(
-    twin: str, processes: int, shards: Path, runs: Path, alone: dict[str, Path]
+    twin: str, processes: int, several: Callable[[str, int], Path], alone: dict[str, Path]
 ) -> None:
-    double = {**RANDOM, "trainer.precision": "64-true"}
-    several = fine_tune(twin, shards, runs, f"double-{processes}", processes, **double)
-    assert max(largest_differences(several, alone[twin]).values()) <= 1e-9
+    assert max(largest_differences(several(twin, processes), alone[twin]).values()) <= 1e-9
 
 
 @pytest.mark.slow
@@ -122,11 +137,23 @@ def test_the_number_of_processes_in_float32(twin: str, shards: Path, runs: Path)
         assert apart["losses"] <= 1e-5 and apart["weights"] <= 1e-4
 
 
-@pytest.mark.parametrize(
-    ("twin", "processes"),
-    [("retrieval", 3), slow("caption", 1), slow("retrieval", 1), slow("caption", 3)],
-)
-def test_killed_and_continued(twin: str, processes: int, shards: Path, tmp_path: Path) -> None:
+def test_killed_and_continued_on_three(
+    shards: Path, tmp_path: Path, several: Callable[[str, int], Path]
+) -> None:
+    changes = {**RANDOM, "trainer.precision": "64-true", "validation.samples": 0}
+    words = tiny_finetuning(shards, tmp_path, "killed", **changes)["retrieval"]
+    killed = tmp_path / "retrieval-killed"
+    kill_in_the_middle(words, killed, 3, last=STEPS, step=7)
+    assert "continuing" in train(words, 3)
+    assert_same_end(killed, several("retrieval", 3))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 3])
+@pytest.mark.parametrize("twin", TWINS)
+def test_killed_and_continued_with_dropout(
+    twin: str, processes: int, shards: Path, tmp_path: Path
+) -> None:
     changes = {
         **RANDOM, "qformer.dropout": 0.1, "vision.gradient_checkpointing": True,
         "validation.every": "null",
@@ -142,7 +169,8 @@ def test_killed_and_continued(twin: str, processes: int, shards: Path, tmp_path:
 # -- memory ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("twin", ["retrieval", slow("caption")])
+@pytest.mark.slow
+@pytest.mark.parametrize("twin", TWINS)
 def test_recomputed_blocks_change_nothing(twin: str, shards: Path, tmp_path: Path) -> None:
     changes = {**SHORT, "qformer.dropout": 0.1, "trainer.precision": "64-true"}
     plain = fine_tune(twin, shards, tmp_path, "plain", **changes)
@@ -158,7 +186,7 @@ def test_recomputed_blocks_change_nothing(twin: str, shards: Path, tmp_path: Pat
 def test_parts_of_a_cached_batch_are_one_batch(
     processes: int, shards: Path, tmp_path: Path
 ) -> None:
-    """GradCache through the tower, with and without recomputed blocks in it."""
+    """GradCache through the tower; on two processes also with recomputed blocks in it."""
     changes: dict[str, Any] = {**SHORT, "trainer.precision": "64-true"}
     whole = fine_tune("retrieval", shards, tmp_path, "whole", **changes)
     changes |= {"batch.accumulate": 3, "loss.itc.cache": True}
@@ -204,7 +232,7 @@ def wanted_rate(name: str, step: int, decay: float, blocks: int = 5) -> float:
     return whole * decay ** (blocks + 1 - layer)
 
 
-@pytest.mark.parametrize("twin", TWINS)
+@pytest.mark.parametrize("twin", ["retrieval", slow("caption")])
 def test_each_layer_learns_at_its_rate(
     twin: str, shards: Path, tmp_path: Path, rates: list[dict[str, float]]
 ) -> None:
@@ -241,6 +269,7 @@ def two_groups(model: Any, weight_decay: float, layer_decay: float) -> list[dict
     ]
 
 
+@pytest.mark.slow
 def test_without_layer_decay_nothing_changes(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -249,11 +278,6 @@ def test_without_layer_decay_nothing_changes(
     monkeypatch.setattr(module, "parameter_groups", two_groups)
     plain = fine_tune("retrieval", shards, tmp_path, "plain", **changes)
     assert_same_end(ours, plain)
-    monkeypatch.setattr(module, "parameter_groups", optimizer.parameter_groups)
-    other = fine_tune("retrieval", shards, tmp_path, "other", **{**SHORT})
-    assert not last_checkpoint(other)["model"]["vision.tower.cls_token"].equal(
-        last_checkpoint(ours)["model"]["vision.tower.cls_token"]
-    )
 
 
 # -- where the weights come from -------------------------------------------------------------------
