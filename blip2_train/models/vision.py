@@ -32,6 +32,11 @@ from blip2_train.models.tower_training import (
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 PRECISIONS = ("native", "float8")
+# Arguments of timm that other keys stand for, or that would bring weights from another place.
+SET_ELSEWHERE = {
+    "num_classes", "pretrained", "img_size", "checkpoint_path", "pretrained_cfg",
+    "pretrained_cfg_overlay", "cache_dir",
+}  # fmt: skip
 
 
 class VisionTower(EvalOnly):
@@ -359,7 +364,7 @@ def _create(
         tags = [full.partition(".")[2] for full in timm.list_pretrained(name.partition(".")[0])]
         raise UserError(f"{key}.name={name}: {error} Its tags: {', '.join(tags)}") from error
     assert published is not None
-    if taken := sorted({"num_classes", "pretrained", "img_size"} & set(given)):
+    if taken := sorted(SET_ELSEWHERE & set(given)):
         raise UserError(f"{key}.options may not set {', '.join(taken)}; other keys say it")
     options: dict[str, Any] = {"num_classes": 0, **given}
     if weights not in ("pretrained", "random"):

@@ -29,8 +29,8 @@ from blip2_train.errors import UserError
 from blip2_train.evaluate import run
 from blip2_train.evaluation.inference import Blip2
 from blip2_train.evaluation.task import Outcome
-from blip2_train.evaluation.vqa import Vqa
 from blip2_train.evaluation.vqa_metrics import normalise, vqa_accuracy
+from blip2_train.evaluation.vqa_task import VqaTask
 from blip2_train.evaluation.work import Work
 
 
@@ -132,8 +132,8 @@ def stream(folder: Path, size: int, name: str = "own") -> EvalStream:
     return EvalStream(
         open_source(name, folder, "test"),
         EvalTransform(size),
-        reading=Reading(need_captions=Vqa.need_captions),
-        extra=Vqa.extra,
+        reading=Reading(need_captions=VqaTask.need_captions),
+        extra=VqaTask.extra,
     )
 
 
@@ -146,7 +146,7 @@ def evaluated(
     samples: int = 3,
     **settings: Any,
 ) -> Outcome:
-    task = Vqa(**{"num_beams": 1, "max_new_tokens": 3, **settings})
+    task = VqaTask(**{"num_beams": 1, "max_new_tokens": 3, **settings})
     task.batch_size, task.samples = batch_size, samples
     task.check(blip2)
     return task.run(blip2, stream(folder, blip2.image_size), Work(parts, {}))
@@ -240,7 +240,7 @@ def test_the_papers_protocol(plain: Blip2, asked: Path, tmp_path: Path, monkeypa
     prompt = "Question: who? {} answer:"
     said = {f"Question: who? {word}:": "me" for word in ("Answer", "Short answer")}
     speaking = Speaking(plain, monkeypatch, said | {"who": "me"})
-    task = Vqa()
+    task = VqaTask()
     task.run(plain, stream(folder, plain.image_size), Work(tmp_path / "a", {}))
     assert speaking.calls[0] == {
         "images": 1, "prompts": ["Question: who? Answer:"], "questions": None, "image_of": [0],
@@ -300,7 +300,7 @@ def test_what_is_finished_is_not_answered_again(
 
 def test_what_cannot_be(plain: Blip2, runs: Path, asked: Path, tmp_path: Path, capsys: Any) -> None:
     with pytest.raises(UserError, match="needs stage2"):
-        Vqa().check(blip2_train.load(runs / "stage1"))
+        VqaTask().check(blip2_train.load(runs / "stage1"))
     none = split(asked, tmp_path / "s", [{"captions": ["x"]}])
     with pytest.raises(UserError, match="has no question"):
         evaluated(plain, none, tmp_path / "parts")
@@ -314,7 +314,7 @@ def test_what_cannot_be(plain: Blip2, runs: Path, asked: Path, tmp_path: Path, c
         ({"normalise": "yes"}, "normalise=yes"),
     ]:
         with pytest.raises(UserError, match=said):
-            Vqa(**settings)
+            VqaTask(**settings)
     out = tmp_path / "out"
     assert run(words(runs, "stage1", out, asked)) == 2
     assert "needs stage2" in capsys.readouterr().err

@@ -327,7 +327,12 @@ def test_options_shape_the_model() -> None:
 
 @pytest.mark.parametrize(
     ("options", "said"),
-    [({"no_such": 1}, "no_such"), ({"layers": "many"}, "layers"), ({"num_classes": 5}, "may not")],
+    [
+        ({"no_such": 1}, "no_such"),
+        ({"layers": "many"}, "layers"),
+        ({"num_classes": 5}, "may not"),
+        ({"checkpoint_path": "stranger.pth"}, "may not"),
+    ],
 )
 def test_wrong_options_are_refused(options: dict, said: str) -> None:
     with pytest.raises(UserError, match=rf"vision\.options.*{said}"):

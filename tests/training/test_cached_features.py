@@ -134,7 +134,10 @@ def test_ranks_share_a_cache(folder: Path, tmp_path: Path) -> None:
                 assert float(ours[name]) == pytest.approx(float(value), abs=2e-4), name
 
 
-@pytest.mark.parametrize(("store", "close"), [("bfloat16", 0.01), ("float8", 0.05)])
+@pytest.mark.parametrize(
+    ("store", "close"),
+    [pytest.param("bfloat16", 0.01, marks=pytest.mark.slow), ("float8", 0.05)],
+)
 def test_fewer_bits_change_little(
     store: str, close: float, copied: Path, tmp_path: Path, capsys: Capture
 ) -> None:

@@ -44,6 +44,7 @@ def losses_and_gradients(model: nn.Module, batch: dict[str, Any]) -> list[Tensor
     return [out["loss_itc"], out["loss_itm"], out["loss_lm"], *gradients]
 
 
+@pytest.mark.slow
 def test_nothing_breaks_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch._dynamo.config, "recompile_limit", VARIANTS)
     plain, compiled = (tiny_model(num_layers=2).double() for _ in range(2))

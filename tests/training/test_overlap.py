@@ -38,7 +38,14 @@ def test_an_interrupted_run_may_turn_it_on(shards: Path, tmp_path: Path) -> None
     assert_same_end(tmp_path / "two", tmp_path / "whole")
 
 
-@pytest.mark.parametrize("stage", ["stage2", "clip", "lm"])
+@pytest.mark.parametrize(
+    "stage",
+    [
+        "stage2",
+        pytest.param("clip", marks=pytest.mark.slow),
+        pytest.param("lm", marks=pytest.mark.slow),
+    ],
+)
 def test_other_stages_are_the_same(stage: str, shards: Path, tmp_path: Path) -> None:
     for overlap in ("false", "true"):
         changes = {"trainer.overlap": overlap, "trainer.max_steps": 4, "run.name": f"run-{overlap}"}

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 from tiny import tiny_run, train_in_process
 from whole_runs import last_checkpoint
 
@@ -22,6 +23,7 @@ def test_a_continued_run_keeps_its_id(shards: Path, tmp_path: Path) -> None:
     assert set(ids(tmp_path / "run")) == {first}
 
 
+@pytest.mark.slow
 def test_runs_of_a_sweep(shards: Path, tmp_path: Path) -> None:
     overrides = tiny_run(shards, tmp_path, "tiny", **SHORT | {"trainer.max_steps": 2})
     assert train_in_process(["-m", *overrides, "seed=1,2"]) == 0

@@ -57,7 +57,7 @@ class Answered(NamedTuple):
     accuracy: float | None  # None where the answers of people are not known
 
 
-class Vqa(Task):
+class VqaTask(Task):
     """Answers every question of a split, and scores the answers where the annotators' are known.
 
     Args:
