@@ -34,7 +34,7 @@ class Blip2Stage1(nn.Module):
     """Image tower, Q-Former and the heads of the three stage-1 objectives.
 
     Args:
-        vision: frozen tower.
+        vision: frozen unless it is `trainable`.
         qformer: its `vision_width` must be the tower's width.
         dec_token_id: id of [DEC], which starts a caption in place of [CLS].
         end_token_id: id of [SEP], which ends one.

@@ -30,10 +30,10 @@ def question_of(batch: Mapping[str, Any]) -> Question | None:
 
 
 class Blip2Stage2(nn.Module):
-    """Image tower, Q-Former, projection and language model; the outer two are frozen.
+    """Image tower, Q-Former, projection and frozen language model.
 
     Args:
-        vision: frozen tower.
+        vision: frozen unless it is `trainable`.
         qformer: its `vision_width` must be the tower's width.
         language_model: frozen.
 

@@ -1,13 +1,17 @@
 """A run's model, loaded again from its folder or a checkpoint file, and measured on any split."""
 
+import contextlib
+import importlib
 import logging
 import re
+import sys
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from torch import nn
 
 from blip2_train.checkpoint import io
 from blip2_train.config import batch_plan, flatten, plan_batch, trains_tower
@@ -274,7 +278,10 @@ def configuration(text: Any, path: Path, kinds: Collection[str] = KINDS) -> dict
 
 
 def check_classes(cfg: Mapping[str, Any]) -> None:
-    """Refuses to build what a file from elsewhere names and is not ours: it could run code.
+    """Refuses to build what a file from elsewhere names and nobody here knows: it could run code.
+
+    Parts of models may be of any `nn.Module` of this package, or of one that whoever calls this has
+    imported.
 
     Raises:
         UserError: a part of the model is of another class, or there is an object, or a place that
@@ -283,9 +290,10 @@ def check_classes(cfg: Mapping[str, Any]) -> None:
     for key, value in _entries(cfg):
         group, _, last = key.partition(".")
         if last == "_target_" and group in CLASSES:
-            if value != CLASSES[group]:
+            if value != CLASSES[group] and not _is_known_module(value):
                 raise UserError(
-                    f"the configuration builds {group} by {value}, and not by {CLASSES[group]}"
+                    f"the configuration builds {group} by {value}, and not by {CLASSES[group]}; if "
+                    "that class is yours, import its module first"
                 )
         elif re.search(r"(^|\.)_\w+_($|\.)", key):
             raise UserError(f"the configuration has {key}, which would build an object")
@@ -294,6 +302,16 @@ def check_classes(cfg: Mapping[str, Any]) -> None:
     for group in CLASSES.keys() & cfg.keys():
         if isinstance(cfg[group], Mapping) and "_target_" not in cfg[group]:
             raise UserError(f"the configuration does not say {group}._target_")
+
+
+def _is_known_module(target: Any) -> bool:
+    """Whether it names a torch module of this package, or one that the program has imported."""
+    module, _, name = str(target).rpartition(".")
+    if module.startswith("blip2_train."):
+        with contextlib.suppress(ImportError):
+            importlib.import_module(module)
+    found = getattr(sys.modules.get(module), name, None)
+    return isinstance(found, type) and issubclass(found, nn.Module)
 
 
 def _entries(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:

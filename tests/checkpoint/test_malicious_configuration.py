@@ -17,6 +17,7 @@ import blip2_train
 from blip2_train import evaluate
 from blip2_train.checkpoint import io
 from blip2_train.errors import UserError
+from blip2_train.models.qformer import QFormer
 
 Config = dict[str, Any]
 EVIL = {"_target_": "os.mkdir", "path": "executed"}
@@ -86,3 +87,22 @@ def test_a_step_that_names_a_place(
     assert evaluate.run(words) == 2
     assert "is not a checkpoint of blip2-train" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+class OwnQFormer(QFormer):
+    """Of a user who tries an idea."""
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_class_of_the_caller(runs: dict[str, Path], tmp_path: Path, known: bool) -> None:
+    path = io.newest_valid(runs["stage1"] / "checkpoints")
+    assert path is not None
+    content = io.load(path)
+    cfg = yaml.safe_load(content["config"])
+    cfg["qformer"]["_target_"] = f"{__name__ if known else 'nowhere'}.{OwnQFormer.__name__}"
+    io.save(tmp_path / "own.ckpt", content | {"config": yaml.safe_dump(cfg)})
+    if known:
+        assert isinstance(blip2_train.load(tmp_path / "own.ckpt").model.qformer, OwnQFormer)
+    else:
+        with pytest.raises(UserError, match="import its module first"):
+            blip2_train.load(tmp_path / "own.ckpt")
