@@ -93,15 +93,15 @@ class OwnQFormer(QFormer):
     """Of a user who tries an idea."""
 
 
-@pytest.mark.parametrize("known", [True, False])
-def test_a_class_of_the_caller(runs: dict[str, Path], tmp_path: Path, known: bool) -> None:
+@pytest.mark.parametrize("imported", [True, False])
+def test_a_class_of_the_caller(runs: dict[str, Path], tmp_path: Path, imported: bool) -> None:
     path = io.newest_valid(runs["stage1"] / "checkpoints")
     assert path is not None
     content = io.load(path)
     cfg = yaml.safe_load(content["config"])
-    cfg["qformer"]["_target_"] = f"{__name__ if known else 'nowhere'}.{OwnQFormer.__name__}"
+    cfg["qformer"]["_target_"] = f"{__name__ if imported else 'nowhere'}.{OwnQFormer.__name__}"
     io.save(tmp_path / "own.ckpt", content | {"config": yaml.safe_dump(cfg)})
-    if known:
+    if imported:
         assert isinstance(blip2_train.load(tmp_path / "own.ckpt").model.qformer, OwnQFormer)
     else:
         with pytest.raises(UserError, match="import its module first"):
