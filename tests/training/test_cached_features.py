@@ -124,6 +124,7 @@ def test_stage_2_from_the_cache_is_the_run_with_the_tower(
     assert_same_end(tmp_path / "cached", tmp_path / "computed")
 
 
+@pytest.mark.slow
 def test_ranks_share_a_cache(folder: Path, tmp_path: Path) -> None:
     changes = CACHED | {"data.max_skip_fraction": 0.5, "trainer.max_steps": 6}
     train(tiny_run(folder, tmp_path, "one", **changes))

@@ -62,6 +62,7 @@ def test_nothing_breaks_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     assert graphs[0] > 0 and graphs[-1] == graphs[2] <= 12
 
 
+@pytest.mark.slow
 def test_a_compiled_block_keeps_no_more() -> None:
     batch, kept = tiny_batch(8), []
     for compiled in (False, True):

@@ -190,6 +190,7 @@ def test_checkpoints_know_the_weights_and_the_precision(finished: Path) -> None:
     assert all(float(row["model_flops_utilisation"]) > 0 for row in flops)
 
 
+@pytest.mark.slow
 def test_a_run_in_float8_goes_on(finished: Path, shards: Path, tmp_path: Path) -> None:
     resumed = [*tiny_run(shards, finished, "float8", **FLOAT8), *MORE]
     whole = [*tiny_run(shards, tmp_path, "whole", **FLOAT8), *MORE]

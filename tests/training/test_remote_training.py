@@ -76,6 +76,7 @@ def test_a_server_that_stays_away_ends_the_run_with_a_sentence(
     assert "train-0000" in error and len(error.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_tars_without_an_index_train_and_go_on(shards: Path, tmp_path: Path, caplog) -> None:
     tars = tmp_path / "tars"
     tars.mkdir()

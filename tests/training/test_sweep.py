@@ -96,6 +96,7 @@ def test_two_runs_then_more(shards: Path, tmp_path: Path, capsys: pytest.Capture
     assert before == after
 
 
+@pytest.mark.slow
 def test_two_runs_on_two_processes(shards: Path, tmp_path: Path) -> None:
     """The second process group of the same processes must not read the first one's keys."""
     overrides = tiny_run(shards, tmp_path, "tiny", **SHORT)
@@ -175,6 +176,7 @@ def test_a_launcher_that_fails(
     assert "no such partition" in error and "stopped; the same command goes on" in error
 
 
+@pytest.mark.slow
 def test_experiments_and_names_may_vary(shards: Path, tmp_path: Path) -> None:
     overrides = tiny_run(shards, tmp_path, "tiny", **SHORT)
     named = [o for o in overrides if not o.startswith("run.name=")]
@@ -183,6 +185,7 @@ def test_experiments_and_names_may_vary(shards: Path, tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"a_sweep"}
 
 
+@pytest.mark.slow
 def test_a_run_whose_last_checkpoint_is_missing_is_not_finished(
     shards: Path, tmp_path: Path
 ) -> None:

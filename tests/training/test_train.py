@@ -366,6 +366,7 @@ def test_validation_with_fewer_batches_than_processes(shards: Path, tmp_path: Pa
     assert float(ours["val/loss"]) == pytest.approx(float(theirs["val/loss"]), abs=1e-4)
 
 
+@pytest.mark.slow
 def test_going_back_to_a_checkpoint(shards: Path, tmp_path: Path) -> None:
     """Later checkpoints are set aside, and the same command again goes on from what came since."""
     overrides = tiny_run(shards, tmp_path, "back", **{"validation.every": "null"})

@@ -106,6 +106,7 @@ def test_an_encoder_decoder_answers(asked: Path, tmp_path: Path) -> None:
     assert len(losses) == 2 and losses[1] < losses[0]
 
 
+@pytest.mark.slow
 def test_images_with_questions_alone_have_cached_features(asked: Path, tmp_path: Path) -> None:
     """As with the tower, which is frozen then."""
     only = without_captions(asked, tmp_path / "only")
