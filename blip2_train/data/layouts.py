@@ -7,7 +7,7 @@ is searched by the official names only; whatever was given explicitly comes firs
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -158,32 +158,16 @@ def vqa(given: Given) -> list[Source]:
 
 def gqa(given: Given) -> list[Source]:
     """GQA: the balanced questions that ROOT has, or files of questions."""
+    names = {split: f"{split}_balanced_questions.json" for split in GQA_PARTS}
     files = [(_split(path, split, given), path) for split, path in given.questions]
-    if not files:
-        root = _need_root(given)
-        names = {split: f"{split}_balanced_questions.json" for split in GQA_PARTS}
-        places = [(split, _there(root, name, "questions")) for split, name in names.items()]
-        files = [(given.split or split, path) for split, path in places if path]
-        if not files:
-            raise UserError(
-                f"{root} has no questions of GQA, looked for {', '.join(names.values())}; or give "
-                "--questions"
-            )
+    files = files or _files_of(given, names, "questions", "questions of GQA")
     return [_source("gqa", path, given, read_gqa(path, split)) for split, path in files]
 
 
 def nocaps(given: Given) -> list[Source]:
     """NoCaps: the captions of val and the image list of test, or any files of that schema."""
     files = [(_split(path, split, given), path) for split, path in given.annotations]
-    if not files:
-        root = _need_root(given)
-        places = [(split, _there(root, name, "annotations")) for split, name in NOCAPS.items()]
-        files = [(given.split or split, path) for split, path in places if path]
-        if not files:
-            raise UserError(
-                f"{root} has no file of NoCaps, looked for {', '.join(NOCAPS.values())}; or give "
-                "--annotations"
-            )
+    files = files or _files_of(given, NOCAPS, "annotations", "file of NoCaps")
     sources = []
     for split, path in files:
         read = read_coco(path, split, need_captions=False)  # there is a val without captions, too
@@ -208,6 +192,20 @@ LAYOUTS: dict[str, Callable[[Given], list[Source]]] = {
     "gqa": gqa,
     "nocaps": nocaps,
 }
+
+
+def _files_of(
+    given: Given, names: Mapping[str, str], option: str, what: str
+) -> list[tuple[str, Path]]:
+    """The files of a data set that ROOT has, in it or in a folder named as the option, by split."""
+    root = _need_root(given)
+    places = [(split, _there(root, name, option)) for split, name in names.items()]
+    files = [(given.split or split, path) for split, path in places if path]
+    if not files:
+        raise UserError(
+            f"{root} has no {what}, looked for {', '.join(names.values())}; or give --{option}"
+        )
+    return files
 
 
 def _read_coco(path: Path, split: str) -> Annotations:

@@ -17,7 +17,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from blip2_train.errors import UserError
 from blip2_train.models.stage1 import unit
-from blip2_train.models.tower_training import checkpoint_gradients
+from blip2_train.models.tower_training import RecomputableTower
 from blip2_train.models.vision import (
     create_tower,
     expected_input,
@@ -93,7 +93,7 @@ class Clip(nn.Module):
             raise
 
 
-class ImageEncoder(nn.Module):
+class ImageEncoder(RecomputableTower):
     """A timm model that is trained: images to one vector each.
 
     Args:
@@ -114,6 +114,8 @@ class ImageEncoder(nn.Module):
     Raises:
         UserError: the model or the weights cannot be had, or it lacks what is asked of it.
     """
+
+    group = KEY
 
     def __init__(
         self,
@@ -152,21 +154,6 @@ class ImageEncoder(nn.Module):
                 )
             _sincos_positions(name, self.tower)
         self.gradient_checkpointing = gradient_checkpointing
-
-    @property
-    def gradient_checkpointing(self) -> bool:
-        """Whether blocks are recomputed in the backward pass.
-
-        Raises:
-            UserError: it is set and the tower cannot.
-        """
-        return self._gradient_checkpointing
-
-    @gradient_checkpointing.setter
-    def gradient_checkpointing(self, on: bool) -> None:
-        if on or getattr(self, "_gradient_checkpointing", False):
-            checkpoint_gradients(self.name, self.tower, on, KEY)
-        self._gradient_checkpointing = on
 
     @property
     def dtype(self) -> torch.dtype:

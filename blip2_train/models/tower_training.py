@@ -6,7 +6,7 @@ Shapes: S image side in pixels, P image tokens, Dv tower width.
 import contextlib
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import timm.models.eva
 import timm.models.vision_transformer
@@ -20,24 +20,40 @@ from blip2_train.errors import UserError
 Features = Callable[[nn.Module, Tensor], Tensor]  # of a tower and an image
 
 
-def checkpoint_gradients(name: str, tower: nn.Module, on: bool, key: str) -> None:
-    """Has timm recompute the tower's blocks in the backward pass (not reentrant), or not.
+class RecomputableTower(nn.Module):
+    """Base of modules around a timm tower whose blocks can be recomputed in the backward pass.
 
-    Args:
-        name: of the model, for errors.
-        tower: changed in place.
-        on: whether it does.
-        key: configuration group that errors name.
-
-    Raises:
-        UserError: the model cannot.
+    Attributes:
+        group: of the configuration, which errors name.
+        name: of the timm model.
+        tower: the model.
     """
-    try:
-        tower.set_grad_checkpointing(on)  # type: ignore[operator]
-    except (AttributeError, AssertionError) as error:  # what timm says where it cannot
-        raise UserError(
-            f"{key}.gradient_checkpointing=true is not possible with {name}; set it to false"
-        ) from error
+
+    group: ClassVar[str]
+    name: str
+    tower: nn.Module
+    _gradient_checkpointing = False
+
+    @property
+    def gradient_checkpointing(self) -> bool:
+        """Whether timm recomputes the blocks (not reentrant).
+
+        Raises:
+            UserError: it is set and the model cannot.
+        """
+        return self._gradient_checkpointing
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, on: bool) -> None:
+        if on or self._gradient_checkpointing:
+            try:
+                self.tower.set_grad_checkpointing(on)  # type: ignore[operator]
+            except (AttributeError, AssertionError) as error:  # what timm says where it cannot
+                raise UserError(
+                    f"{self.group}.gradient_checkpointing=true is not possible with {self.name}; "
+                    "set it to false"
+                ) from error
+        self._gradient_checkpointing = on
 
 
 class _Features(nn.Module):

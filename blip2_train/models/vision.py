@@ -23,7 +23,7 @@ from blip2_train.models import float8
 from blip2_train.models.freezing import EvalOnly, state_digest
 from blip2_train.models.tower_training import (
     Features,
-    checkpoint_gradients,
+    RecomputableTower,
     freeze_unread,
     reference_positions,
     resized_positions,
@@ -39,7 +39,7 @@ SET_ELSEWHERE = {
 }  # fmt: skip
 
 
-class VisionTower(EvalOnly):
+class VisionTower(EvalOnly, RecomputableTower):
     """A timm model as a source of image tokens, frozen unless it is `trainable`.
 
     Trained or not, it computes in eval mode: no dropout, no dropped paths, batch norms with the
@@ -67,6 +67,8 @@ class VisionTower(EvalOnly):
         UserError: the model or the weights cannot be had, there is no block to drop, nothing that
             float8 could compute, or a trained tower is not in float32 or cannot recompute blocks.
     """
+
+    group = "vision"
 
     def __init__(
         self,
@@ -111,21 +113,6 @@ class VisionTower(EvalOnly):
         if trainable:
             freeze_unread(image_tokens, self.tower, self.image_size)
         self.gradient_checkpointing = gradient_checkpointing
-
-    @property
-    def gradient_checkpointing(self) -> bool:
-        """Whether blocks are recomputed in the backward pass.
-
-        Raises:
-            UserError: it is set and the tower cannot.
-        """
-        return self._gradient_checkpointing
-
-    @gradient_checkpointing.setter
-    def gradient_checkpointing(self, on: bool) -> None:
-        if on or getattr(self, "_gradient_checkpointing", False):
-            checkpoint_gradients(self.name, self.tower, on, "vision")
-        self._gradient_checkpointing = on
 
     @property
     def dtype(self) -> torch.dtype:
